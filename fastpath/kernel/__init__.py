@@ -1,0 +1,1 @@
+"""The edge: the only extension modules that make system calls."""

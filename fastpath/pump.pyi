@@ -1,0 +1,35 @@
+from fastpath.table import PeerTable, PrefixTable
+
+class Pump:
+    """The two journeys: encap (TAP to UDP) and decap (UDP to TAP). Owns no descriptor: it borrows
+    them, the caller closes them. Not thread-safe: one loop calls every method."""
+
+    def __init__(
+        self,
+        *,
+        tap_fd: int,
+        vnet_header_size: int,
+        router_mac: bytes,
+        gateway_mac: bytes,
+        vni: int,
+        prefixes: PrefixTable,
+        peers: PeerTable,
+        vxlan_reserved_bits: str = "strict",
+    ) -> None:
+        """`router_mac` is the virtual router's: what frames to the wire are addressed to and what
+        peers address us by. `gateway_mac` is the bridge's own, which decapsulated frames go to."""
+    def add_receiver(self, fd: int, encapsulation: str) -> None:
+        """A bound, non-blocking UDP socket whose datagrams are "geneve" or "vxlan"."""
+    def add_sender(self, fd: int, family: int) -> None:
+        """A non-blocking UDP socket for sending to AF_INET or AF_INET6 peers; the inner flow's
+        hash picks one of those of its family (RFC 8926 section 3.3: source port entropy)."""
+    def encap(self, budget: int = ...) -> int:
+        """Read up to `budget` frames from the TAP and send them; how many were read."""
+    def decap(self, fd: int, budget: int = ...) -> int:
+        """Receive up to `budget` datagrams from one receiver and deliver them; how many were received."""
+    def counters(self) -> dict[str, dict[str, int]]:
+        """{"encap": {...}, "decap": {...}}: frames/datagrams seen, packets delivered, bytes, drops by name.
+
+        Each direction has "received", "forwarded", "forwarded_bytes", and "drops": {reason: n}."""
+    def drops(self) -> dict[str, dict[str, int]]:
+        """{"encap": {reason: n}, "decap": {reason: n}}, every reason present, names in lower case."""
