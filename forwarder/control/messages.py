@@ -1,13 +1,13 @@
 """The control socket's language: one JSON object a line, one answer for each request, in order.
 
-Pure and standard library only: the CNI plugin imports this module, so it must cost nothing.
+Pure and standard library only: the CNI plugin imports this module at every start. Hence NamedTuple
+and not dataclass, whose import alone costs as much as starting the interpreter.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 SOCKET_NAME: Final = "control.sock"
 """The socket's name in the daemon's run_dir."""
@@ -23,16 +23,14 @@ class MessageError(ValueError):
     """A line that is not a request (or response) of this protocol; the text says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """`verb` is one of status, peers, drops, reload, cni; `args` are the verb's own."""
 
     verb: str
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(NamedTuple):
     """Either `result` (any JSON value) or, when `error` is not None, a sentence saying what went wrong."""
 
     result: Any = None
