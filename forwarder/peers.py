@@ -1,0 +1,258 @@
+"""Who the other nodes are, and what of it the fast path must know. Pure.
+
+A *record* says what a node told of itself. *Tables* are what the fast path should hold for a set of
+records; `diff` gives the changes from one state of the tables to the next. Everything is compared by
+value: a peer that keeps its id and changes its address is a change like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from forwarder.addresses import Address, Network, format_mac
+from forwarder.faults import Fault
+
+OVERHEAD_BYTES = {4: 50, 6: 70}
+"""By the underlay's IP version: outer IP, UDP, Geneve or VXLAN without options, inner Ethernet."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord:
+    """One other node. `endpoints` are one or two outer addresses, the preferred first; `vni` is the one
+    it wants to be sent."""
+
+    id: str
+    endpoints: tuple[Address, ...]
+    port: int
+    encapsulation: str
+    vni: int
+    router_mac: bytes
+    prefixes: tuple[Network, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What of this node its peers' records are checked against; id and MAC may not be known yet."""
+
+    id: str | None
+    router_mac: bytes | None
+    endpoints: tuple[Address, ...]
+    prefixes: tuple[Network, ...]
+    cluster_cidrs: tuple[Network, ...]
+
+
+def check(records: Sequence[PeerRecord], local: Local) -> list[Fault]:
+    """What makes these records impossible together, or impossible as peers of this node."""
+    return [*_check_each(records, local), *_check_unique(records), *_check_overlaps(records, local)]
+
+
+def _check_each(records: Sequence[PeerRecord], local: Local) -> Iterator[Fault]:
+    families = {endpoint.version for endpoint in local.endpoints}
+    for index, record in enumerate(records):
+        key = f"peer[{index}]"
+        if record.id == local.id:
+            yield Fault(f"{key}.id", record.id, "is this node's own id; must name another node")
+        if record.router_mac == local.router_mac:
+            mac = format_mac(record.router_mac)
+            yield Fault(f"{key}.router_mac", mac, "is this node's own; must be another node's")
+        for number, endpoint in enumerate(record.endpoints):
+            endpoint_key = f"{key}.endpoints[{number}]"
+            if endpoint in local.endpoints:
+                yield Fault(endpoint_key, endpoint, "is this node's own; must be another node's address")
+            if any(endpoint in cidr for cidr in local.cluster_cidrs):
+                yield Fault(endpoint_key, endpoint, "must be an underlay address, outside cluster.cidrs")
+        if families.isdisjoint(endpoint.version for endpoint in record.endpoints):
+            allowed = " or ".join(f"IPv{version}" for version in sorted(families))
+            yield Fault(
+                f"{key}.endpoints", list(record.endpoints), f"must hold an {allowed} address, as ours do"
+            )
+        for number, prefix in enumerate(record.prefixes):
+            if not any(is_inside(prefix, cidr) for cidr in local.cluster_cidrs):
+                yield Fault(f"{key}.prefixes[{number}]", prefix, "must lie inside one of cluster.cidrs")
+
+
+def _check_unique(records: Sequence[PeerRecord]) -> Iterator[Fault]:
+    ids: dict[str, int] = {}
+    endpoints: dict[Address, int] = {}
+    for index, record in enumerate(records):
+        first = ids.setdefault(record.id, index)
+        if first != index:
+            yield Fault(f"peer[{index}].id", record.id, f"must be unique; peer[{first}] has it")
+        for number, endpoint in enumerate(record.endpoints):
+            first = endpoints.setdefault(endpoint, index)
+            if first != index:
+                key = f"peer[{index}].endpoints[{number}]"
+                yield Fault(key, endpoint, f"must be one peer's only; peer[{first}] has it")
+
+
+def _check_overlaps(records: Sequence[PeerRecord], local: Local) -> Iterator[Fault]:
+    ours = "node.prefixes"
+    named = [NamedPrefix(prefix, ours) for prefix in local.prefixes]
+    named += [
+        NamedPrefix(prefix, f"peer[{index}].prefixes[{number}]")
+        for index, record in enumerate(records)
+        for number, prefix in enumerate(record.prefixes)
+    ]
+    for one, other in overlaps(named):
+        if one.key == ours:
+            one, other = other, one
+        if one.key != ours:
+            yield Fault(one.key, one.prefix, f"must not overlap {other.prefix} of {other.key}")
+
+
+class NamedPrefix(NamedTuple):
+    prefix: Network
+    key: str
+
+
+def overlaps(named: Iterable[NamedPrefix]) -> Iterator[tuple[NamedPrefix, NamedPrefix]]:
+    """Each prefix that lies in one sorted before it, and that one. O(n log n)."""
+    widest: NamedPrefix | None = None
+    for item in sorted(named, key=_by_address):
+        if widest is not None and is_inside(item.prefix, widest.prefix):
+            yield item, widest
+        else:
+            widest = item
+
+
+def _by_address(item: NamedPrefix) -> tuple[int, int, int]:
+    return item.prefix.version, int(item.prefix.network_address), item.prefix.prefixlen
+
+
+def is_inside(inner: Network, outer: Network) -> bool:
+    """Whether every address of `inner` is in `outer`; False across IP versions."""
+    return (
+        inner.version == outer.version
+        and inner.prefixlen >= outer.prefixlen
+        and inner.network_address in outer
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PeerPath:
+    """How a slot's peer is reached. `mtu_bytes` is the largest inner IP packet."""
+
+    encapsulation: str
+    vni: int
+    router_mac: bytes
+    endpoint: Address
+    port: int
+    mtu_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """What the fast path holds of the peers: slot by node id, and three maps to slots."""
+
+    slots: Mapping[str, int] = field(default_factory=dict)
+    paths: Mapping[int, PeerPath] = field(default_factory=dict)
+    sources: Mapping[Address, int] = field(default_factory=dict)
+    prefixes: Mapping[Network, int] = field(default_factory=dict)
+
+
+class TooManyPeersError(ValueError):
+    pass
+
+
+def tables_for(
+    records: Iterable[PeerRecord],
+    *,
+    previous: Mapping[str, int],
+    mtu_bytes: Mapping[int, int],
+    max_slots: int,
+) -> Tables:
+    """The tables for checked records. A node keeps its slot of `previous`; `mtu_bytes` is the largest
+    inner IP packet by the underlay's IP version, and its keys are the versions this node can send."""
+    records = list(records)
+    slots = {record.id: previous[record.id] for record in records if record.id in previous}
+    taken = set(slots.values())
+    free = (slot for slot in range(1, max_slots) if slot not in taken)
+    paths: dict[int, PeerPath] = {}
+    sources: dict[Address, int] = {}
+    prefixes: dict[Network, int] = {}
+    for record in records:
+        if record.id not in slots:
+            slot = next(free, None)
+            if slot is None:
+                raise TooManyPeersError(f"{len(records)} peers: must be at most {max_slots - 1}")
+            slots[record.id] = slot
+        slot = slots[record.id]
+        endpoint = next(address for address in record.endpoints if address.version in mtu_bytes)
+        paths[slot] = PeerPath(
+            encapsulation=record.encapsulation,
+            vni=record.vni,
+            router_mac=record.router_mac,
+            endpoint=endpoint,
+            port=record.port,
+            mtu_bytes=mtu_bytes[endpoint.version],
+        )
+        sources.update(dict.fromkeys(record.endpoints, slot))
+        prefixes.update(dict.fromkeys(record.prefixes, slot))
+    return Tables(slots, paths, sources, prefixes)
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetSource:
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class RemovePrefix:
+    prefix: Network
+
+
+@dataclass(frozen=True, slots=True)
+class ClearSlot:
+    """Forgets the slot's path, its counters and every source that leads to it."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetPath:
+    slot: int
+    path: PeerPath
+
+
+@dataclass(frozen=True, slots=True)
+class AllowSource:
+    address: Address
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class InsertPrefix:
+    """Adds the prefix or repoints it."""
+
+    prefix: Network
+    slot: int
+
+
+Change: TypeAlias = ForgetSource | RemovePrefix | ClearSlot | SetPath | AllowSource | InsertPrefix
+
+
+def diff(old: Tables, new: Tables) -> tuple[Change, ...]:
+    """The changes that turn `old` into `new`, in an order in which each is possible: what leaves first,
+    so that an address or a slot may pass from one peer to another; a prefix that moves is repointed
+    and never absent."""
+    stays = {slot for node_id, slot in old.slots.items() if new.slots.get(node_id) == slot}
+    old_sources = {address: slot for address, slot in old.sources.items() if slot in stays}
+    old_paths = {slot: path for slot, path in old.paths.items() if slot in stays}
+    return (
+        *(ForgetSource(address) for address, slot in old_sources.items() if new.sources.get(address) != slot),
+        *(RemovePrefix(prefix) for prefix in old.prefixes if prefix not in new.prefixes),
+        *(ClearSlot(slot) for slot in old.slots.values() if slot not in stays),
+        *(SetPath(slot, path) for slot, path in new.paths.items() if old_paths.get(slot) != path),
+        *(
+            AllowSource(address, slot)
+            for address, slot in new.sources.items()
+            if old_sources.get(address) != slot
+        ),
+        *(
+            InsertPrefix(prefix, slot)
+            for prefix, slot in new.prefixes.items()
+            if old.prefixes.get(prefix) != slot
+        ),
+    )
