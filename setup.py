@@ -6,7 +6,6 @@ PODLOOM_DEBUG=1 builds with bounds-checked asserts and no optimisation; benchmar
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -37,7 +36,6 @@ setup(
         [
             Extension(name, [name.replace(".", "/") + ".pyx"], extra_compile_args=CFLAGS)
             for name in EXTENSIONS
-            if Path(name.replace(".", "/") + ".pyx").exists()
         ],
         compiler_directives={
             "language_level": 3,

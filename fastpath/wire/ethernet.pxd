@@ -1,0 +1,10 @@
+# Offsets and values of Ethernet II and 802.1Q. No lookups.
+
+cdef enum:
+    ETHERNET_HEADER = 14
+    ETHERNET_TYPE = 12
+    ETHERTYPE_IPV4 = 0x0800
+    ETHERTYPE_IPV6 = 0x86DD
+    ETHERTYPE_VLAN = 0x8100
+    ETHERTYPE_QINQ = 0x88A8
+    ETHERTYPE_BRIDGED = 0x6558

@@ -1,0 +1,67 @@
+# Geneve, RFC 8926. This endpoint knows no option, so it forwards a packet only if every option
+# may be ignored. No UDP, no sockets.
+
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memset
+
+from fastpath.drops cimport (
+    DROP_TUNNEL_CRITICAL_OPTION,
+    DROP_TUNNEL_OAM,
+    DROP_TUNNEL_OPTIONS,
+    DROP_TUNNEL_PROTOCOL,
+    DROP_TUNNEL_SHORT,
+    DROP_TUNNEL_VERSION,
+)
+from fastpath.wire.byteorder cimport load16, load32, store16, store32
+from fastpath.wire.ethernet cimport ETHERTYPE_BRIDGED
+
+
+cdef enum:
+    GENEVE_HEADER = 8
+    GENEVE_OPTION_HEADER = 4
+    GENEVE_OAM = 0x80
+    GENEVE_OPTION_CRITICAL = 0x80
+
+
+cdef inline void geneve_encode(uint8_t *header, uint32_t vni) noexcept nogil:
+    """The 8 bytes of a header with no options, around an Ethernet frame."""
+    memset(header, 0, GENEVE_HEADER)
+    store16(header + 2, ETHERTYPE_BRIDGED)
+    store32(header + 4, vni << 8)
+
+
+cdef inline int geneve_options(const uint8_t *options, int length) noexcept nogil:
+    """0 if the options fill their length exactly and all may be ignored, else -Drop."""
+    cdef int at = 0
+    cdef bint critical = False
+    while at < length:
+        if length - at < GENEVE_OPTION_HEADER:
+            return -DROP_TUNNEL_OPTIONS
+        critical = critical or options[at + 2] & GENEVE_OPTION_CRITICAL != 0
+        at += GENEVE_OPTION_HEADER + (options[at + 3] & 0x1F) * 4
+    if at != length:
+        return -DROP_TUNNEL_OPTIONS  # section 3.5: lengths that do not add up, silently dropped
+    # Section 3.5.1: an unknown option with the critical bit, whatever the header's C bit says.
+    return -DROP_TUNNEL_CRITICAL_OPTION if critical else 0
+
+
+cdef inline int geneve_decode(const uint8_t *datagram, size_t length, uint32_t *vni) noexcept nogil:
+    """Bytes of the header with its options, or -Drop."""
+    cdef int options, verdict
+    if length < GENEVE_HEADER:
+        return -DROP_TUNNEL_SHORT
+    if datagram[0] >> 6 != 0:
+        return -DROP_TUNNEL_VERSION
+    options = (datagram[0] & 0x3F) * 4
+    if <size_t> (GENEVE_HEADER + options) > length:
+        return -DROP_TUNNEL_OPTIONS
+    if options:
+        verdict = geneve_options(datagram + GENEVE_HEADER, options)
+        if verdict < 0:
+            return verdict
+    if datagram[1] & GENEVE_OAM:
+        return -DROP_TUNNEL_OAM  # section 3.4: a control packet is never forwarded
+    if load16(datagram + 2) != ETHERTYPE_BRIDGED:
+        return -DROP_TUNNEL_PROTOCOL
+    vni[0] = load32(datagram + 4) >> 8
+    return GENEVE_HEADER + options
