@@ -28,7 +28,8 @@ EXTENSIONS = [
 
 CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror"]
 # What Cython's own generated code trips over; ours is clean without them.
-CFLAGS += ["-Wno-unused-parameter", "-Wno-unused-function", "-Wno-missing-field-initializers", "-Wno-cast-function-type"]
+CFLAGS += ["-Wno-unused-parameter", "-Wno-unused-function"]
+CFLAGS += ["-Wno-missing-field-initializers", "-Wno-cast-function-type"]
 CFLAGS += ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-DNDEBUG"]
 
 setup(

@@ -35,7 +35,6 @@ from fastpath.kernel.udp cimport (
 )
 from fastpath.linux cimport (
     AF_INET,
-    AF_INET6,
     EAGAIN,
     EINTR,
     EINVAL,

@@ -3,7 +3,7 @@ from typing import NamedTuple
 class Run(NamedTuple):
     first: int
     """Index of the run's first datagram."""
-    count: int
+    segments: int
     size: int
     """Bytes of each datagram but the last, which may be shorter."""
 

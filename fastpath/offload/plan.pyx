@@ -2,7 +2,7 @@
 
 import collections
 
-RunTuple = collections.namedtuple("Run", ["first", "count", "size"])
+RunTuple = collections.namedtuple("Run", ["first", "segments", "size"])
 
 
 def plan(list datagrams not None, *, int max_segments=RUN_MAX_SEGMENTS):
