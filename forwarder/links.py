@@ -1,0 +1,360 @@
+"""The kernel's side of a node: reads what is installed, performs reconcile's operations, opens the TAP.
+
+Netlink here is blocking and must not run on the event loop's thread once the loop runs: pyroute2 drives
+a loop of its own. Errors are LinkError, a sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import ip_address, ip_interface, ip_network
+from pathlib import Path
+from socket import AF_BRIDGE, AF_INET, AF_INET6
+from typing import Any, Final
+
+import pytun
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
+
+from forwarder.addresses import VIRTUAL_ROUTER, Address
+from forwarder.reconcile import (
+    ROUTE_PROTOCOL,
+    AddAddress,
+    CreateBridge,
+    ForeignError,
+    Interface,
+    KernelState,
+    Link,
+    Operation,
+    PutFdb,
+    PutNeighbour,
+    PutRoute,
+    RemoveAddress,
+    RemoveRoute,
+    Route,
+    SetLink,
+    Wiring,
+    WriteSysctl,
+    is_ours,
+    reconcile,
+    wanted,
+)
+
+SYSCTL_ROOT: Final = Path("/proc/sys")
+TUN_DEVICE: Final = Path("/dev/net/tun")
+
+ROUNDS: Final = 3
+"""Times that reading and repairing is tried before giving up: removing an address can take routes with
+it, which only the next reading shows."""
+
+FAMILY = {4: AF_INET, 6: AF_INET6}
+
+# linux/neighbour.h, linux/if_addr.h, linux/rtnetlink.h
+NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
+NTF_MASTER, NTF_STICKY = 0x04, 0x40
+IFA_F_NODAD = 0x02
+RTNH_F_ONLINK = 0x04
+RT_TABLE_MAIN = 254
+RT_SCOPE_UNIVERSE = 0
+IFF_UP, IFF_LOOPBACK = 0x1, 0x8
+
+
+class LinkError(RuntimeError):
+    """The kernel cannot be brought to the wanted state; the text says why and what to do."""
+
+
+def ipv6_available() -> bool:
+    """Whether this host has IPv6 and has not switched it off."""
+    try:
+        return (SYSCTL_ROOT / "net/ipv6/conf/all/disable_ipv6").read_text().strip() == "0"
+    except OSError:
+        return False
+
+
+def open_tap(name: str) -> Any:
+    """The pytun device of the node's TAP, non-blocking, gone when it is closed. The kernel puts a
+    virtio_net_hdr before each frame (IFF_VNET_HDR)."""
+    with _netlink() as netlink:
+        current = _link(netlink, name)
+    if current is not None and not (current.kind == "tun" and is_ours(current)):
+        raise LinkError(f"link {name} was not made by podloom: remove it or choose another name in [links]")
+    try:
+        tap = pytun.TunTapDevice(name=name, flags=pytun.IFF_TAP | pytun.IFF_NO_PI | pytun.IFF_VNET_HDR)
+    except (OSError, pytun.Error) as error:
+        raise LinkError(_tap_failure(name, error)) from error
+    os.set_blocking(tap.fileno(), False)
+    os.set_inheritable(tap.fileno(), False)
+    return tap
+
+
+def _tap_failure(name: str, error: Exception) -> str:
+    code = error.args[0] if error.args else None
+    if code == errno.EBUSY:
+        return (
+            f"TAP {name} is held by another process: stop the other podloom or choose another name in [links]"
+        )
+    if code == errno.EPERM:
+        return f"opening TAP {name} needs CAP_NET_ADMIN: run as root"
+    if not TUN_DEVICE.exists():
+        return f"{TUN_DEVICE} is missing: load the tun module, or hand the device into this container"
+    reason = error.args[-1] if error.args else error
+    return f"cannot open TAP {name} through {TUN_DEVICE}: {reason}"
+
+
+def underlay_mtu_bytes(endpoint: Address) -> int:
+    """The MTU of the device that has the address."""
+    with _netlink() as netlink:
+        for message in netlink.get_addr(family=FAMILY[endpoint.version]):
+            if ip_address(message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")) == endpoint:
+                (link,) = netlink.get_links(message["index"])
+                if link["flags"] & IFF_LOOPBACK:
+                    raise LinkError(
+                        f"{endpoint} is on {link.get('IFLA_IFNAME')}, whose MTU says nothing of the wire's: "
+                        "set tunnel.underlay_mtu_bytes"
+                    )
+                return int(link.get("IFLA_MTU"))
+    raise LinkError(f"no device of this host has the address {endpoint}: correct node.endpoints or add it")
+
+
+def ensure(wiring: Wiring) -> list[Operation]:
+    """Bring the kernel to the wanted state; what had to be done. The TAP must be open already."""
+    target = wanted(wiring)
+    done: list[Operation] = []
+    with _netlink() as netlink:
+        for _ in range(ROUNDS):
+            operations = reconcile(target, read(netlink, wiring))
+            if not operations:
+                return done
+            for operation in operations:
+                _perform(netlink, operation)
+            done += operations
+    raise LinkError(f"the kernel does not keep what is set; something else undoes it: {done[-1]}")
+
+
+def remove(wiring: Wiring) -> None:
+    """Take our bridge away, and with it its addresses, routes and neighbours. Others' is left alone."""
+    with _netlink() as netlink:
+        link = _link(netlink, wiring.bridge)
+        if link is not None and is_ours(link):
+            netlink.link("del", index=_index(netlink, wiring.bridge))
+
+
+@contextmanager
+def _netlink() -> Iterator[Any]:
+    """A netlink socket of its own for each use: pyroute2's belong to the thread that made them."""
+    try:
+        with IPRoute() as netlink:
+            yield netlink
+    except NetlinkError as error:
+        hint = ": run as root" if error.code == errno.EPERM else ""
+        raise LinkError(f"the kernel refused a netlink request: {os.strerror(error.code)}{hint}") from error
+    except ForeignError as error:
+        raise LinkError(str(error)) from error
+
+
+def read(netlink: Any, wiring: Wiring) -> KernelState:
+    """What is installed of what `wanted` speaks about."""
+    for _ in range(ROUNDS):
+        try:
+            return _read_once(netlink, wiring)
+        except NetlinkDumpInterrupted:
+            continue  # The table changed while it was dumped.
+    raise LinkError("the kernel's tables change too fast to be read")
+
+
+def _read_once(netlink: Any, wiring: Wiring) -> KernelState:
+    target = wanted(wiring)
+    names = {message["index"]: message.get("IFLA_IFNAME") for message in netlink.get_links()}
+    links = {name: link for name in target.links if (link := _link(netlink, name)) is not None}
+    return KernelState(
+        links=links,
+        addresses={name: _addresses(netlink, name) for name in target.addresses if name in links},
+        neighbours={name: _neighbours(netlink, name) for name in target.neighbours if name in links},
+        fdb={name: _fdb(netlink, name) for name in target.fdb if name in links},
+        routes=frozenset(_routes(netlink, names)),
+        sysctls=dict(_sysctls(target)),
+    )
+
+
+def _index(netlink: Any, name: str) -> int:
+    found = netlink.link_lookup(ifname=name)
+    if not found:
+        raise LinkError(f"link {name} is gone")
+    return int(found[0])
+
+
+def _link(netlink: Any, name: str) -> Link | None:
+    found = netlink.link_lookup(ifname=name)
+    if not found:
+        return None
+    (message,) = netlink.get_links(found[0])
+    info = message.get("IFLA_LINKINFO")
+    master = message.get("IFLA_MASTER")
+    return Link(
+        kind=(info.get("IFLA_INFO_KIND") if info else None) or "",
+        alias=message.get("IFLA_IFALIAS") or "",
+        mac=message.get("IFLA_ADDRESS"),
+        mtu_bytes=message.get("IFLA_MTU"),
+        queue_frames=message.get("IFLA_TXQLEN"),
+        up=bool(message["flags"] & IFF_UP),
+        master=netlink.get_links(master)[0].get("IFLA_IFNAME") if master else None,
+        settings=_attributes(info, "IFLA_INFO_DATA", "IFLA_BR_", "br_"),
+        port=_attributes(info, "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_", ""),
+    )
+
+
+def _attributes(info: Any, nest: str, prefix: str, renamed: str) -> dict[str, int]:
+    """The integers of a nest, under the names that pyroute2's requests use."""
+    data = info.get(nest) if info else None
+    if not data:
+        return {}
+    return {
+        renamed + name.removeprefix(prefix).lower(): value
+        for name, value in data["attrs"]
+        if name.startswith(prefix) and isinstance(value, int)
+    }
+
+
+def _addresses(netlink: Any, name: str) -> frozenset[Interface]:
+    return frozenset(
+        ip_interface((message.get("IFA_LOCAL") or message.get("IFA_ADDRESS"), message["prefixlen"]))
+        for message in netlink.get_addr(index=_index(netlink, name))
+        if message["scope"] == RT_SCOPE_UNIVERSE
+    )
+
+
+def _neighbours(netlink: Any, name: str) -> dict[Address, str]:
+    index = _index(netlink, name)
+    found = {}
+    for version, family in FAMILY.items():
+        for message in netlink.get_neighbours(family=family, ifindex=index):
+            address = ip_address(message.get("NDA_DST"))
+            if address == VIRTUAL_ROUTER[version] and message["state"] & NUD_PERMANENT:
+                found[address] = message.get("NDA_LLADDR")
+    return found
+
+
+def _fdb(netlink: Any, name: str) -> frozenset[str]:
+    index = _index(netlink, name)
+    return frozenset(
+        message.get("NDA_LLADDR")
+        for message in netlink.fdb("dump")
+        if message["ifindex"] == index
+        and message.get("NDA_MASTER")
+        and message["state"] & NUD_NOARP
+        and message["flags"] & NTF_STICKY
+    )
+
+
+def _routes(netlink: Any, names: dict[int, str]) -> Iterator[Route]:
+    for version, family in FAMILY.items():
+        for message in netlink.get_routes(family=family, table=RT_TABLE_MAIN):
+            gateway, source = message.get("RTA_GATEWAY"), message.get("RTA_PREFSRC")
+            destination = message.get("RTA_DST") or ("0.0.0.0" if version == 4 else "::")
+            yield Route(
+                destination=ip_network((destination, message["dst_len"])),
+                link=names.get(message.get("RTA_OIF")),
+                gateway=ip_address(gateway) if gateway else None,
+                source=ip_address(source) if source else None,
+                onlink=bool(message["flags"] & RTNH_F_ONLINK),
+                protocol=message["proto"],
+            )
+
+
+def _sysctls(target: KernelState) -> Iterator[tuple[str, str]]:
+    for path in target.sysctls:
+        try:
+            yield path, (SYSCTL_ROOT / path).read_text().strip()
+        except OSError:
+            continue  # Of a link that is not there yet, or of a kernel that lacks it: writing will tell.
+
+
+def _perform(netlink: Any, operation: Operation) -> None:
+    match operation:
+        case CreateBridge(name, link):
+            netlink.link("add", ifname=name, kind="bridge", address=link.mac, **link.settings)
+        case SetLink(name, link, current):
+            _set_link(netlink, name, link, current)
+        case WriteSysctl(path, value):
+            _write_sysctl(path, value)
+        case RemoveAddress(name, address):
+            netlink.addr("del", index=_index(netlink, name), **_address(address))
+        case AddAddress(name, address):
+            netlink.addr("add", index=_index(netlink, name), flags=IFA_F_NODAD, **_address(address))
+        case PutNeighbour(name, address, mac):
+            index = _index(netlink, name)
+            family = FAMILY[address.version]
+            netlink.neigh(
+                "replace", family=family, dst=str(address), lladdr=mac, ifindex=index, state=NUD_PERMANENT
+            )
+        case PutFdb(name, mac):
+            # Sticky: a pod that sends with the router's MAC must not draw the entry to its own port.
+            netlink.neigh(
+                "replace",
+                family=AF_BRIDGE,
+                lladdr=mac,
+                ifindex=_index(netlink, name),
+                state=NUD_NOARP,
+                flags=NTF_MASTER | NTF_STICKY,
+            )
+        case RemoveRoute(route):
+            netlink.route("del", **_route(netlink, route))
+        case PutRoute(route):
+            netlink.route("replace", **_route(netlink, route))
+
+
+def _set_link(netlink: Any, name: str, link: Link, current: Link | None) -> None:
+    index = _index(netlink, name)
+    if link.master is not None and (current is None or current.master != link.master):
+        netlink.link("set", index=index, master=_index(netlink, link.master))
+    if link.port:
+        netlink.brport("set", index=index, **link.port)
+    if link.settings:
+        netlink.link("set", index=index, kind=link.kind, **link.settings)
+    wanted_values = {
+        "ifalias": link.alias,
+        "mtu": link.mtu_bytes,
+        "address": link.mac,
+        "txqlen": link.queue_frames,
+        "state": "up" if link.up else "down",
+    }
+    netlink.link(
+        "set", index=index, **{key: value for key, value in wanted_values.items() if value is not None}
+    )
+
+
+def _write_sysctl(path: str, value: str) -> None:
+    try:
+        (SYSCTL_ROOT / path).write_text(value)
+    except OSError as error:
+        name = path.replace("/", ".")
+        raise LinkError(
+            f"cannot set sysctl {name} = {value}: {error.strerror}; set it on the host"
+        ) from error
+
+
+def _address(address: Interface) -> dict[str, Any]:
+    return {
+        "family": FAMILY[address.version],
+        "address": str(address.ip),
+        "prefixlen": address.network.prefixlen,
+    }
+
+
+def _route(netlink: Any, route: Route) -> dict[str, Any]:
+    request = {
+        "family": FAMILY[route.destination.version],
+        "dst": str(route.destination),
+        "oif": _index(netlink, route.link or ""),
+        "proto": ROUTE_PROTOCOL,
+        "flags": RTNH_F_ONLINK if route.onlink else 0,
+        "table": RT_TABLE_MAIN,
+    }
+    if route.gateway is not None:
+        request["gateway"] = str(route.gateway)
+    if route.source is not None:
+        request["prefsrc"] = str(route.source)
+    return request
