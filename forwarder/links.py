@@ -21,6 +21,7 @@ from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 from forwarder.addresses import VIRTUAL_ROUTER, Address
 from forwarder.reconcile import (
+    ALIAS_PREFIX,
     ROUTE_PROTOCOL,
     AddAddress,
     CreateBridge,
@@ -32,6 +33,7 @@ from forwarder.reconcile import (
     PutFdb,
     PutNeighbour,
     PutRoute,
+    Removal,
     RemoveAddress,
     RemoveRoute,
     Route,
@@ -50,6 +52,9 @@ ROUNDS: Final = 3
 """Times that reading and repairing is tried before giving up: removing an address can take routes with
 it, which only the next reading shows."""
 
+GONE: Final = {errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL}
+"""What removing answers when another removal has taken the thing along already."""
+
 FAMILY = {4: AF_INET, 6: AF_INET6}
 
 # linux/neighbour.h, linux/if_addr.h, linux/rtnetlink.h
@@ -58,7 +63,7 @@ NTF_MASTER, NTF_STICKY = 0x04, 0x40
 IFA_F_NODAD = 0x02
 RTNH_F_ONLINK = 0x04
 RT_TABLE_MAIN = 254
-RT_SCOPE_UNIVERSE = 0
+RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
 IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 
 
@@ -74,19 +79,26 @@ def ipv6_available() -> bool:
         return False
 
 
-def open_tap(name: str) -> Any:
-    """The pytun device of the node's TAP, non-blocking, gone when it is closed. The kernel puts a
-    virtio_net_hdr before each frame (IFF_VNET_HDR)."""
+def open_tap(name: str, node_id: str) -> Any:
+    """The pytun device of the node's TAP with our mark on it, non-blocking, gone when it is closed. The
+    kernel puts a virtio_net_hdr before each frame (IFF_VNET_HDR)."""
     with _netlink() as netlink:
         current = _link(netlink, name)
-    if current is not None and not (current.kind == "tun" and is_ours(current)):
-        raise LinkError(f"link {name} was not made by podloom: remove it or choose another name in [links]")
-    try:
-        tap = pytun.TunTapDevice(name=name, flags=pytun.IFF_TAP | pytun.IFF_NO_PI | pytun.IFF_VNET_HDR)
-    except (OSError, pytun.Error) as error:
-        raise LinkError(_tap_failure(name, error)) from error
-    os.set_blocking(tap.fileno(), False)
-    os.set_inheritable(tap.fileno(), False)
+        if current is not None and not (current.kind == "tun" and is_ours(current)):
+            raise LinkError(
+                f"link {name} was not made by podloom: remove it or choose another name in [links]"
+            )
+        try:
+            tap = pytun.TunTapDevice(name=name, flags=pytun.IFF_TAP | pytun.IFF_NO_PI | pytun.IFF_VNET_HDR)
+        except (OSError, pytun.Error) as error:
+            raise LinkError(_tap_failure(name, error)) from error
+        try:
+            os.set_blocking(tap.fileno(), False)
+            os.set_inheritable(tap.fileno(), False)
+            netlink.link("set", index=_index(netlink, name), ifalias=ALIAS_PREFIX + node_id)
+        except BaseException:
+            tap.close()
+            raise
     return tap
 
 
@@ -129,7 +141,11 @@ def ensure(wiring: Wiring) -> list[Operation]:
             if not operations:
                 return done
             for operation in operations:
-                _perform(netlink, operation)
+                try:
+                    _perform(netlink, operation)
+                except NetlinkError as error:
+                    if not (isinstance(operation, Removal) and error.code in GONE):
+                        raise LinkError(f"{operation}: {os.strerror(error.code)}") from error
             done += operations
     raise LinkError(f"the kernel does not keep what is set; something else undoes it: {done[-1]}")
 
@@ -301,7 +317,7 @@ def _perform(netlink: Any, operation: Operation) -> None:
                 flags=NTF_MASTER | NTF_STICKY,
             )
         case RemoveRoute(route):
-            netlink.route("del", **_route(netlink, route))
+            netlink.route("del", **(_route(netlink, route) | {"scope": RT_SCOPE_NOWHERE}))
         case PutRoute(route):
             netlink.route("replace", **_route(netlink, route))
 

@@ -240,6 +240,9 @@ Operation: TypeAlias = (
 )
 
 
+Removal: TypeAlias = RemoveAddress | RemoveRoute
+
+
 class ForeignError(RuntimeError):
     """Something that is not ours stands where ours must be; one sentence for each."""
 
