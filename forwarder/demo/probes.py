@@ -77,7 +77,7 @@ def family_of(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def ping(pairs: Iterable[tuple[Station, Station]]) -> Pings:
+def ping(pairs: Iterable[tuple[Station, Station]], seconds: float = PING_SECONDS) -> Pings:
     """One ICMP echo for each pair and each address of the destination, all under way at once."""
     with ExitStack() as stack, selectors.DefaultSelector() as selector:
         sockets: dict[tuple[Path, int], socket.socket] = {}
@@ -86,8 +86,8 @@ def ping(pairs: Iterable[tuple[Station, Station]]) -> Pings:
         round_trips: list[float] = []
         sent = 0
 
-        def collect(seconds: float) -> None:
-            for key, _ in selector.select(seconds):
+        def collect(timeout: float) -> None:
+            for key, _ in selector.select(timeout):
                 asked = waiting.pop(_receive_reply(key.fileobj), None)  # type: ignore[arg-type]
                 if asked is not None:
                     round_trips.append(time.monotonic() - asked[1])
@@ -108,7 +108,7 @@ def ping(pairs: Iterable[tuple[Station, Station]]) -> Pings:
                 else:
                     waiting[address, identifier, sequence] = what, time.monotonic()
                 collect(0)
-        deadline = time.monotonic() + PING_SECONDS
+        deadline = time.monotonic() + seconds
         while waiting and (left := deadline - time.monotonic()) > 0:
             collect(left)
     lost = (*unsent, *(what for what, _ in waiting.values()))
