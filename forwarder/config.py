@@ -25,6 +25,9 @@ from forwarder.peers import OVERHEAD_BYTES, Local, NamedPrefix, PeerRecord, chec
 DEFAULT_PATH: Final = Path("/etc/podloom/podloom.toml")
 ENCAPSULATIONS: Final = ("geneve", "vxlan")
 MAX_VNI: Final = (1 << 24) - 1
+MAX_VXLAN_PORTS: Final = 3
+"""With Geneve's, in two IP versions, as many receivers as the pump takes."""
+
 MAX_MTU_BYTES: Final = 65535
 MIN_UNDERLAY_MTU_BYTES: Final = 576 + max(OVERHEAD_BYTES.values())
 """Leaves 576 bytes inside, which every IPv4 host must take (RFC 791)."""
@@ -157,6 +160,10 @@ def parse_peers(text: str, config: Config) -> tuple[PeerRecord, ...]:
     if faults:
         raise ConfigError(faults)
     return peers
+
+
+def is_node_id(text: str) -> bool:
+    return re.fullmatch(_NODE_ID_PATTERN, text) is not None
 
 
 def render(config: Config) -> str:
@@ -377,11 +384,11 @@ def _matching(pattern: str, allowed: str) -> _Kind:
     return _kind(str, allowed, convert)
 
 
-def _list_of(kind: _Kind, allowed: str, *, at_least: int = 0) -> _Kind:
+def _list_of(kind: _Kind, allowed: str, *, at_least: int = 0, at_most: int | None = None) -> _Kind:
     """A tuple of distinct values; each element's own fault names its index."""
 
     def convert(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list) or len(value) < at_least:
+        if not isinstance(value, list) or len(value) < at_least or len(value) > (at_most or len(value)):
             raise _RefusedError(("", value, allowed))
         converted: list[Any] = []
         parts: list[tuple[str, Any, str]] = []
@@ -486,6 +493,7 @@ _NOT_UNICAST: Final[tuple[Network, ...]] = tuple(
 
 _ABSOLUTE = "must be an absolute path"
 _LINK_NAME = _matching(r"[A-Za-z0-9_.-]{1,15}", "must be 1 to 15 of A-Z a-z 0-9 _ . -")
+_NODE_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 _NODE_ID = _matching(
     r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}",
     "must be 1 to 63 of A-Z a-z 0-9 _ . - and begin with a letter or digit",
@@ -527,7 +535,9 @@ _NODE: Final = {
 _TUNNEL: Final = {
     "encapsulation": _one_of(*ENCAPSULATIONS),
     "geneve_port": _PORT,
-    "vxlan_ports": _list_of(_PORT, "must be a list of UDP ports"),
+    "vxlan_ports": _list_of(
+        _PORT, f"must be a list of at most {MAX_VXLAN_PORTS} UDP ports", at_most=MAX_VXLAN_PORTS
+    ),
     "vxlan_reserved_bits": _one_of("strict", "rfc"),
     "underlay_mtu_bytes": _integer(MIN_UNDERLAY_MTU_BYTES, MAX_MTU_BYTES, or_zero=True),
 }

@@ -43,57 +43,60 @@ class Local:
     cluster_cidrs: tuple[Network, ...]
 
 
-def check(records: Sequence[PeerRecord], local: Local) -> list[Fault]:
-    """What makes these records impossible together, or impossible as peers of this node."""
-    return [*_check_each(records, local), *_check_unique(records), *_check_overlaps(records, local)]
+def check(records: Sequence[PeerRecord], local: Local, keys: Sequence[str] | None = None) -> list[Fault]:
+    """What makes these records impossible together, or impossible as peers of this node. `keys` name the
+    records in the faults; peer[0], peer[1] and so on if not given."""
+    keyed = list(zip(keys or [f"peer[{index}]" for index in range(len(records))], records, strict=True))
+    return [*_check_each(keyed, local), *_check_unique(keyed), *_check_overlaps(keyed, local)]
 
 
-def _check_each(records: Sequence[PeerRecord], local: Local) -> Iterator[Fault]:
+_Keyed: TypeAlias = Sequence[tuple[str, PeerRecord]]
+
+
+def _check_each(keyed: _Keyed, local: Local) -> Iterator[Fault]:
     families = {endpoint.version for endpoint in local.endpoints}
-    for index, record in enumerate(records):
-        key = f"peer[{index}]"
+    for key, record in keyed:
         if record.id == local.id:
             yield Fault(f"{key}.id", record.id, "is this node's own id; must name another node")
         if record.router_mac == local.router_mac:
             mac = format_mac(record.router_mac)
             yield Fault(f"{key}.router_mac", mac, "is this node's own; must be another node's")
-        for number, endpoint in enumerate(record.endpoints):
-            endpoint_key = f"{key}.endpoints[{number}]"
+        for index, endpoint in enumerate(record.endpoints):
             if endpoint in local.endpoints:
-                yield Fault(endpoint_key, endpoint, "is this node's own; must be another node's address")
+                allowed = "is this node's own; must be another node's address"
+                yield Fault(f"{key}.endpoints[{index}]", endpoint, allowed)
             if any(endpoint in cidr for cidr in local.cluster_cidrs):
-                yield Fault(endpoint_key, endpoint, "must be an underlay address, outside cluster.cidrs")
+                allowed = "must be an underlay address, outside cluster.cidrs"
+                yield Fault(f"{key}.endpoints[{index}]", endpoint, allowed)
         if families.isdisjoint(endpoint.version for endpoint in record.endpoints):
-            allowed = " or ".join(f"IPv{version}" for version in sorted(families))
-            yield Fault(
-                f"{key}.endpoints", list(record.endpoints), f"must hold an {allowed} address, as ours do"
-            )
-        for number, prefix in enumerate(record.prefixes):
+            shared = " or ".join(f"IPv{version}" for version in sorted(families))
+            value = [str(endpoint) for endpoint in record.endpoints]
+            yield Fault(f"{key}.endpoints", value, f"must hold an {shared} address, as node.endpoints does")
+        for index, prefix in enumerate(record.prefixes):
             if not any(is_inside(prefix, cidr) for cidr in local.cluster_cidrs):
-                yield Fault(f"{key}.prefixes[{number}]", prefix, "must lie inside one of cluster.cidrs")
+                yield Fault(f"{key}.prefixes[{index}]", prefix, "must lie inside one of cluster.cidrs")
 
 
-def _check_unique(records: Sequence[PeerRecord]) -> Iterator[Fault]:
-    ids: dict[str, int] = {}
-    endpoints: dict[Address, int] = {}
-    for index, record in enumerate(records):
-        first = ids.setdefault(record.id, index)
-        if first != index:
-            yield Fault(f"peer[{index}].id", record.id, f"must be unique; peer[{first}] has it")
-        for number, endpoint in enumerate(record.endpoints):
-            first = endpoints.setdefault(endpoint, index)
-            if first != index:
-                key = f"peer[{index}].endpoints[{number}]"
-                yield Fault(key, endpoint, f"must be one peer's only; peer[{first}] has it")
+def _check_unique(keyed: _Keyed) -> Iterator[Fault]:
+    ids: dict[str, str] = {}
+    endpoints: dict[Address, str] = {}
+    for key, record in keyed:
+        first = ids.setdefault(record.id, key)
+        if first != key:
+            yield Fault(f"{key}.id", record.id, f"must be unique; {first} has it")
+        for index, endpoint in enumerate(record.endpoints):
+            first = endpoints.setdefault(endpoint, key)
+            if first != key:
+                yield Fault(f"{key}.endpoints[{index}]", endpoint, f"must be one peer's only; {first} has it")
 
 
-def _check_overlaps(records: Sequence[PeerRecord], local: Local) -> Iterator[Fault]:
+def _check_overlaps(keyed: _Keyed, local: Local) -> Iterator[Fault]:
     ours = "node.prefixes"
     named = [NamedPrefix(prefix, ours) for prefix in local.prefixes]
     named += [
-        NamedPrefix(prefix, f"peer[{index}].prefixes[{number}]")
-        for index, record in enumerate(records)
-        for number, prefix in enumerate(record.prefixes)
+        NamedPrefix(prefix, f"{key}.prefixes[{index}]")
+        for key, record in keyed
+        for index, prefix in enumerate(record.prefixes)
     ]
     for one, other in overlaps(named):
         if one.key == ours:

@@ -15,8 +15,11 @@ SOCKET_NAME: Final = "control.sock"
 DEFAULT_RUN_DIR: Final = "/run/podloom"
 
 MAX_LINE_BYTES: Final = 1 << 20
-"""Longest request or response, newline included. A CNI request with a prevResult of some hundred
-interfaces stays below 64 KiB; what is longer is a mistake or an attack on the daemon's memory."""
+"""Longest request, newline included. A CNI call whose prevResult has some hundred interfaces stays below
+64 KiB; what is longer is a mistake, or an attack on the daemon's memory."""
+
+MAX_RESPONSE_BYTES: Final = 1 << 26
+"""Longest response, newline included: what 100,000 peers need."""
 
 
 class MessageError(ValueError):
@@ -38,18 +41,18 @@ class Response(NamedTuple):
 
 
 def encode_request(request: Request) -> bytes:
-    return _line({"verb": request.verb, "args": request.args})
+    return _line({"verb": request.verb, "args": request.args}, MAX_LINE_BYTES)
 
 
 def encode_response(response: Response) -> bytes:
     if response.error is not None:
-        return _line({"error": response.error})
-    return _line({"result": response.result})
+        return _line({"error": response.error}, MAX_RESPONSE_BYTES)
+    return _line({"result": response.result}, MAX_RESPONSE_BYTES)
 
 
 def decode_request(line: bytes) -> Request:
     """MessageError unless the line is {"verb": str, "args"?: object} and nothing else."""
-    message = _object(line)
+    message = _object(line, MAX_LINE_BYTES)
     unknown = sorted(message.keys() - {"verb", "args"})
     if unknown:
         raise MessageError(f"unknown key {unknown[0]!r}; allowed: verb, args")
@@ -63,7 +66,7 @@ def decode_request(line: bytes) -> Request:
 
 def decode_response(line: bytes) -> Response:
     """MessageError unless the line is {"result": any} or {"error": str}."""
-    message = _object(line)
+    message = _object(line, MAX_RESPONSE_BYTES)
     if set(message) == {"result"}:
         return Response(result=message["result"])
     if set(message) == {"error"} and isinstance(message["error"], str):
@@ -71,16 +74,16 @@ def decode_response(line: bytes) -> Response:
     raise MessageError("a response must hold either a result or an error string")
 
 
-def _line(message: dict[str, Any]) -> bytes:
+def _line(message: dict[str, Any], limit: int) -> bytes:
     line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
-    if len(line) > MAX_LINE_BYTES:
-        raise MessageError(f"a message of {len(line)} bytes; allowed: at most {MAX_LINE_BYTES}")
+    if len(line) > limit:
+        raise MessageError(f"a message of {len(line)} bytes; allowed: at most {limit}")
     return line
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        raise MessageError(f"a line of {len(line)} bytes; allowed: at most {MAX_LINE_BYTES}")
+def _object(line: bytes, limit: int) -> dict[str, Any]:
+    if len(line) > limit:
+        raise MessageError(f"a line of {len(line)} bytes; allowed: at most {limit}")
     try:
         message = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,456 @@
+"""The composition root: what `podloom up` starts, in which order, and how it ends.
+
+Above the line only configuration is read; below it the machine is touched, and every touch registers its
+own undoing first thing after it succeeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+import uvloop
+
+from cni.service import CniService, NodeNetwork
+from forwarder import links
+from forwarder.addresses import format_mac, gateway_of
+from forwarder.config import Config, load
+from forwarder.control.messages import Request
+from forwarder.control.server import ControlServer, VerbError
+from forwarder.dataplane import MAX_SLOTS, DataPlane, DataPlaneError, Settings
+from forwarder.discovery import Snapshot, Source, Trouble
+from forwarder.discovery.static import StaticSource
+from forwarder.faults import ConfigError, Fault
+from forwarder.links import LinkError
+from forwarder.node import IdentityError, gateway_mac, identify
+from forwarder.peers import OVERHEAD_BYTES, PeerRecord, Tables, TooManyPeersError, check, diff, tables_for
+from forwarder.reconcile import Wiring
+from forwarder.version import podloom_version
+
+log = logging.getLogger("podloom")
+
+MIN_IPV6_MTU_BYTES: Final = 1280  # RFC 8200 section 5
+
+CNI_WORKERS: Final = 8
+
+SWITCH_SECONDS: Final = 0.001
+"""How long a CNI call may keep the interpreter while a packet waits. The default is five times that, on
+top of each round trip whose batch needs the interpreter once; shorter only adds switches."""
+
+CHANGEABLE: Final = {
+    "tunnel.encapsulation",
+    "links.keep_on_exit",
+    "discovery.source",
+    "discovery.file",
+    "peers",
+}
+"""What SIGHUP and `reload` take over while running. The rest names sockets and links that traffic uses."""
+
+
+class StartError(RuntimeError):
+    """The daemon cannot start or go on; the text says why and what to do."""
+
+
+def run(path: Path) -> int:
+    """Run until told to stop. Exit status: 0 stopped, 1 failed, 2 the configuration is refused."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="podloom: %(levelname)s: %(message)s")
+    try:
+        config = load(path)
+        require_privileges()
+        # ---- Above this line only configuration is read; below it the machine is touched. ----
+        with run_directory(config.node.run_dir):
+            config = identify(config)
+            refuse(check(config.peers, config.local))
+            daemon = Daemon(path, config)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(daemon.run())
+    except ConfigError as error:
+        for fault in error.faults:
+            log.error("%s: %s", path, fault)
+        return 2
+    except (StartError, LinkError, DataPlaneError, IdentityError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def require_privileges() -> None:
+    """StartError unless this process may make links, and TAPs can be opened."""
+    net_admin = 1 << 12  # CAP_NET_ADMIN, linux/capability.h
+    status = Path("/proc/self/status").read_text()
+    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
+    if not int(effective, 16) & net_admin:
+        raise StartError(
+            "podloom up makes links and routes, which needs CAP_NET_ADMIN: run it as root (sudo podloom up)"
+        )
+    if not links.TUN_DEVICE.exists():
+        raise StartError(
+            f"{links.TUN_DEVICE} is missing: load the tun module (modprobe tun), or hand the device into "
+            "this container"
+        )
+
+
+@contextmanager
+def run_directory(path: Path) -> Iterator[None]:
+    """The directory of the control socket, ours alone and for one daemon at a time."""
+    with ExitStack() as stack:
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.chmod(0o700)
+            lock = stack.enter_context((path / "lock").open("a"))
+        except OSError as error:
+            raise StartError(f"{path} cannot be used: {error.strerror}; correct node.run_dir") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(
+                f"another podloom runs on {path}: stop it first, or give this one its own node.run_dir"
+            ) from None
+        yield
+
+
+def refuse(faults: list[Fault]) -> None:
+    if faults:
+        raise ConfigError(faults)
+
+
+@dataclass(slots=True)
+class DiscoveryState:
+    """What `status` shows of the source. `updated_at` is when the last good snapshot came."""
+
+    updated_at: float | None = None
+    fault: str | None = None
+
+
+class Daemon:
+    """One node's control plane. `config` is identified: id and router MAC are filled in."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self._path = path
+        self._config = config
+        self._started_at = time.monotonic()
+        self._stopping = asyncio.Event()
+        self._failure: Exception | None = None
+        self._tables = Tables()
+        self._records: tuple[PeerRecord, ...] = ()
+        self._discovery = DiscoveryState()
+        self._follower: asyncio.Task[None] | None = None
+        self._reloading = asyncio.Lock()
+        self._hang_ups: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Start, forward until stopped, and end as the configuration says."""
+        # The data path needs the interpreter once a batch, between which worker threads hold it.
+        sys.setswitchinterval(SWITCH_SECONDS)
+        async with AsyncExitStack() as stack:
+            self._listen_to_signals()
+            self._wiring, self._mtus = await asyncio.to_thread(plan_wiring, self._config)
+            tap = await asyncio.to_thread(links.open_tap, self._wiring.tap, self._wiring.node_id)
+            stack.push_async_callback(self._remove_links)
+            stack.callback(tap.close)
+            for operation in await asyncio.to_thread(links.ensure, self._wiring):
+                log.debug("%s", operation)
+            self._dataplane = DataPlane(
+                data_plane_settings(self._config, self._wiring), tap.fileno(), self._fail
+            )
+            stack.callback(self._dataplane.close)
+            await self._follow()
+            stack.push_async_callback(self._unfollow)
+            self._dataplane.start()
+            self._cni = CniService(node_network(self._wiring), self._config.node.state_dir)
+            stack.callback(self._cni.close)
+            self._workers = ThreadPoolExecutor(CNI_WORKERS, thread_name_prefix="cni")
+            stack.callback(self._workers.shutdown)
+            server = ControlServer(self._config.socket_path, self._answer)
+            await server.open()
+            stack.push_async_callback(server.close)
+            stack.callback(notify, "STOPPING=1")
+            notify("READY=1")
+            log.info(
+                "READY: node %s forwards for %s, %d peers, MTU %d, control socket %s",
+                self._wiring.node_id,
+                ", ".join(map(str, self._wiring.usable_prefixes)),
+                len(self._records),
+                self._wiring.mtu_bytes,
+                self._config.socket_path,
+            )
+            await self._stopping.wait()
+            log.info("stopping")
+        if self._failure is not None:
+            raise self._failure
+
+    # Start and end
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._stopping.set()
+
+    async def _remove_links(self) -> None:
+        if not self._config.links.keep_on_exit:
+            await asyncio.to_thread(links.remove, self._wiring)
+
+    # Peers
+
+    async def _follow(self) -> None:
+        """Start following the configured source; returns when its first word has been applied."""
+        first = asyncio.Event()
+        self._follower = asyncio.create_task(self._apply_from(make_source(self._config), first.set))
+        self._follower.add_done_callback(self._follower_ended)
+        await first.wait()
+
+    async def _unfollow(self) -> None:
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.wait([self._follower])
+            self._follower = None
+
+    def _follower_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+
+    async def _apply_from(self, source: Source, applied: Callable[[], None]) -> None:
+        try:
+            async for item in source.watch():
+                self._apply(item)
+                applied()
+        finally:
+            applied()
+
+    def _apply(self, item: Snapshot | Trouble) -> None:
+        faults = item.faults if isinstance(item, Trouble) else self._take_over(item.peers)
+        if faults:
+            for fault in faults:
+                log.error("peers not changed: %s", fault)
+            self._discovery.fault = "; ".join(faults)
+        else:
+            self._discovery = DiscoveryState(updated_at=time.monotonic())
+
+    def _take_over(self, records: tuple[PeerRecord, ...]) -> tuple[str, ...]:
+        try:
+            tables = tables_for(
+                records, previous=self._tables.slots, mtu_bytes=self._mtus, max_slots=MAX_SLOTS
+            )
+        except TooManyPeersError as error:
+            return (str(error),)
+        changes = diff(self._tables, tables)
+        self._dataplane.apply(changes)
+        if changes:
+            log.info("%d peers (%d before), %d changes", len(records), len(self._records), len(changes))
+        self._tables, self._records = tables, records
+        return ()
+
+    # Reload
+
+    def _hang_up(self) -> None:
+        self._hang_ups.add(task := asyncio.create_task(self._reload_or_log()))
+        task.add_done_callback(self._hang_ups.discard)
+
+    async def _reload_or_log(self) -> None:
+        try:
+            await self._reload()
+        except ConfigError as error:
+            for fault in error.faults:
+                log.error("not reloaded: %s", fault)
+        except IdentityError as error:
+            log.error("not reloaded: %s", error)
+
+    async def _reload(self) -> list[str]:
+        """Take over what may change while running; the keys that did. ConfigError or IdentityError, and no
+        change at all, if anything is refused."""
+        async with self._reloading:
+            config = identify(load(self._path))
+            refuse(check(config.peers, config.local))
+            changed = changed_keys(self._config, config)
+            frozen = [key for key in changed if key not in CHANGEABLE]
+            refuse(
+                [
+                    Fault(key, str(changed[key]), "cannot change while podloom runs: restart it")
+                    for key in frozen
+                ]
+            )
+            self._config = config
+            await self._unfollow()
+            await self._follow()
+        log.info("reloaded: %s", ", ".join(changed) or "nothing changed")
+        return list(changed)
+
+    # Control verbs
+
+    async def _answer(self, request: Request) -> Any:
+        match request.verb:
+            case "status":
+                return self._status()
+            case "peers":
+                return [self._peer(record) for record in self._records]
+            case "drops":
+                return self._dataplane.drops()
+            case "reload":
+                try:
+                    return {"changed": await self._reload()}
+                except (ConfigError, IdentityError) as error:
+                    raise VerbError(str(error)) from None
+            case "cni":
+                return await self._call_cni(request.args)
+        raise VerbError(f"verb = {request.verb!r}: must be status, peers, drops, reload or cni")
+
+    async def _call_cni(self, args: dict[str, Any]) -> dict[str, Any]:
+        environment, stdin = args.get("env"), args.get("stdin")
+        if not (
+            isinstance(environment, dict)
+            and all(isinstance(value, str) for value in environment.values())
+            and isinstance(stdin, str)
+        ):
+            raise VerbError("cni takes env, an object of strings, and stdin, a string")
+        loop = asyncio.get_running_loop()
+        status, stdout = await loop.run_in_executor(self._workers, self._cni.handle, environment, stdin)
+        return {"exit": status, "stdout": stdout}
+
+    def _status(self) -> dict[str, Any]:
+        config, now = self._config, time.monotonic()
+        updated_at = self._discovery.updated_at
+        return {
+            "node_id": self._wiring.node_id,
+            "version": podloom_version(),
+            "uptime_seconds": round(now - self._started_at, 3),
+            "endpoints": [str(endpoint) for endpoint in config.node.endpoints],
+            "prefixes": [str(prefix) for prefix in self._wiring.usable_prefixes],
+            "router_mac": format_mac(self._wiring.router_mac),
+            "gateway_mac": format_mac(self._wiring.gateway_mac),
+            "links": {"bridge": self._wiring.bridge, "tap": self._wiring.tap},
+            "mtu": self._wiring.mtu_bytes,
+            "encapsulation": config.tunnel.encapsulation,
+            "vni": config.cluster.vni,
+            "ports": {"geneve": config.tunnel.geneve_port, "vxlan": list(config.tunnel.vxlan_ports)},
+            "peers": len(self._records),
+            "discovery": {
+                "source": config.discovery.source,
+                "age_seconds": None if updated_at is None else round(now - updated_at, 3),
+                "fault": self._discovery.fault,
+            },
+            "counters": self._dataplane.counters(),
+            "offloads": {"tap_checksum": {"on": True, "reason": None}},
+        }
+
+    def _peer(self, record: PeerRecord) -> dict[str, Any]:
+        slot = self._tables.slots[record.id]
+        path = self._tables.paths[slot]
+        return {
+            "id": record.id,
+            "endpoint": str(path.endpoint),
+            "endpoints": [str(endpoint) for endpoint in record.endpoints],
+            "encapsulation": path.encapsulation,
+            "port": path.port,
+            "vni": path.vni,
+            "mtu": path.mtu_bytes,
+            "router_mac": format_mac(path.router_mac),
+            "prefixes": [str(prefix) for prefix in record.prefixes],
+            "counters": dict(self._dataplane.peer_counters(slot)),
+        }
+
+
+def make_source(config: Config) -> Source:
+    return StaticSource(config)
+
+
+def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:
+    """The node's place in its kernel, and by the underlay's IP version the largest inner IP packet."""
+    assert config.node.id is not None  # noqa: S101 (identified)
+    assert config.node.router_mac is not None  # noqa: S101
+    mtus: dict[int, int] = {
+        endpoint.version: (config.tunnel.underlay_mtu_bytes or links.underlay_mtu_bytes(endpoint))
+        - OVERHEAD_BYTES[endpoint.version]
+        for endpoint in config.node.endpoints
+    }
+    wiring = Wiring(
+        node_id=config.node.id,
+        bridge=config.links.bridge,
+        tap=config.links.tap,
+        tap_queue_frames=config.links.tap_queue_frames,
+        mtu_bytes=min(mtus.values()),
+        router_mac=config.node.router_mac,
+        gateway_mac=gateway_mac(config.node.id),
+        prefixes=config.node.prefixes,
+        cluster_cidrs=config.cluster.cidrs,
+        ipv6_available=links.ipv6_available(),
+    )
+    if not wiring.usable_prefixes:
+        raise StartError(
+            "node.prefixes holds only IPv6 and this host has none: enable IPv6 or add an IPv4 prefix"
+        )
+    if wiring.usable_prefixes != wiring.prefixes:
+        log.warning("this host has no IPv6: its pods get IPv4 only")
+    if 6 in wiring.families and wiring.mtu_bytes < MIN_IPV6_MTU_BYTES:
+        raise StartError(
+            f"the underlay leaves pods an MTU of {wiring.mtu_bytes}, and IPv6 needs {MIN_IPV6_MTU_BYTES}: "
+            "raise the underlay's MTU or use only IPv4 prefixes"
+        )
+    return wiring, mtus
+
+
+def data_plane_settings(config: Config, wiring: Wiring) -> Settings:
+    return Settings(
+        router_mac=wiring.router_mac,
+        gateway_mac=wiring.gateway_mac,
+        vni=config.cluster.vni,
+        prefixes=wiring.usable_prefixes,
+        endpoints=config.node.endpoints,
+        listen=(
+            (config.tunnel.geneve_port, "geneve"),
+            *((port, "vxlan") for port in config.tunnel.vxlan_ports),
+        ),
+        vxlan_reserved_bits=config.tunnel.vxlan_reserved_bits,
+    )
+
+
+def node_network(wiring: Wiring) -> NodeNetwork:
+    return NodeNetwork(
+        bridge=wiring.bridge,
+        mtu=wiring.mtu_bytes,
+        prefixes=wiring.usable_prefixes,
+        gateways=tuple(gateway_of(prefix) for prefix in wiring.usable_prefixes),
+        cluster_cidrs=wiring.cluster_cidrs,
+        gso_max_segs=None,
+    )
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, Any]:
+    """The keys whose values differ, with the new value."""
+    changed: dict[str, Any] = {}
+    for section in ("cluster", "node", "tunnel", "links", "discovery"):
+        before, after = getattr(old, section), getattr(new, section)
+        for item in fields(after):
+            if getattr(before, item.name) != getattr(after, item.name):
+                changed[f"{section}.{item.name}"] = getattr(after, item.name)
+    if old.peers != new.peers:
+        changed["peers"] = new.peers
+    return changed
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it asked to be told (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notifier:
+        try:
+            notifier.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+        except OSError as error:
+            log.warning("systemd was not told %s: %s", state, error.strerror)

@@ -1,0 +1,180 @@
+"""The fast path on the event loop: its descriptors, its tables, its counters. The only importer of fastpath.
+
+One wake of a descriptor is one call into the pump, which moves a bounded batch without the GIL; no packet
+ever becomes a Python object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from fastpath.kernel.tap import VNET_HEADER_SIZE, set_offloads, set_vnet_header_size
+from fastpath.kernel.udp import open_receiver, open_sender
+from fastpath.pump import Pump
+from fastpath.table import LOCAL_SLOT, MAX_PEERS, PeerTable, PrefixTable
+from forwarder.addresses import Address, Network
+from forwarder.peers import (
+    AllowSource,
+    Change,
+    ClearSlot,
+    ForgetSource,
+    InsertPrefix,
+    RemovePrefix,
+    SetPath,
+)
+
+SENDERS_PER_FAMILY: Final = 8
+"""Source ports that inner flows are spread over: enough for the underlay's multipath and the receivers'
+queues, few enough that flows of one peer still meet in one run."""
+
+MAX_SLOTS: Final = MAX_PEERS
+
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+
+class DataPlaneError(RuntimeError):
+    """A descriptor cannot be opened or has become useless; the text says which and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the fast path is told once. `listen` is (UDP port, encapsulation)."""
+
+    router_mac: bytes
+    gateway_mac: bytes
+    vni: int
+    prefixes: tuple[Network, ...]
+    endpoints: tuple[Address, ...]
+    listen: tuple[tuple[int, str], ...]
+    vxlan_reserved_bits: str
+
+
+class DataPlane:
+    """Open it, `start` it on the running loop, `apply` changes of peers, `close` it."""
+
+    def __init__(self, settings: Settings, tap_fd: int, on_failure: Callable[[DataPlaneError], None]) -> None:
+        """`tap_fd` is borrowed. `on_failure` is called once if a descriptor breaks for good."""
+        self._tap_fd = tap_fd
+        self._on_failure = on_failure
+        self._prefixes = PrefixTable()
+        self._peers = PeerTable()
+        self._receivers: list[int] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._descriptors = ExitStack()
+        with ExitStack() as undo:
+            undo.enter_context(self._descriptors)
+            self._pump = self._open(settings)
+            undo.pop_all()
+
+    def _open(self, settings: Settings) -> Pump:
+        try:
+            set_vnet_header_size(self._tap_fd, VNET_HEADER_SIZE)
+            set_offloads(self._tap_fd, checksum=True, tso=False, uso=False)
+        except OSError as error:
+            raise DataPlaneError(f"the TAP refuses virtio headers: {error.strerror}") from error
+        pump = Pump(
+            tap_fd=self._tap_fd,
+            vnet_header_size=VNET_HEADER_SIZE,
+            router_mac=settings.router_mac,
+            gateway_mac=settings.gateway_mac,
+            vni=settings.vni,
+            prefixes=self._prefixes,
+            peers=self._peers,
+            vxlan_reserved_bits=settings.vxlan_reserved_bits,
+        )
+        for prefix in settings.prefixes:
+            self._prefixes.insert(prefix.network_address.packed, prefix.prefixlen, LOCAL_SLOT)
+        for endpoint in settings.endpoints:
+            for port, encapsulation in settings.listen:
+                descriptor = self._open_receiver(endpoint, port)
+                pump.add_receiver(descriptor, encapsulation)
+                self._receivers.append(descriptor)
+            for _ in range(SENDERS_PER_FAMILY):
+                pump.add_sender(self._own(open_sender(str(endpoint))), FAMILY[endpoint.version])
+        return pump
+
+    def _open_receiver(self, endpoint: Address, port: int) -> int:
+        try:
+            return self._own(open_receiver(str(endpoint), port))
+        except OSError as error:
+            raise DataPlaneError(
+                f"cannot listen on {endpoint} UDP port {port}: {error.strerror}; is another tunnel on this "
+                "host using it? See tunnel.geneve_port and tunnel.vxlan_ports"
+            ) from error
+
+    def _own(self, descriptor: int) -> int:
+        self._descriptors.callback(os.close, descriptor)
+        return descriptor
+
+    def start(self) -> None:
+        """Forward whatever arrives from now on, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._tap_fd, self._run, self._pump.encap)
+        for descriptor in self._receivers:
+            self._loop.add_reader(descriptor, self._run, partial(self._pump.decap, descriptor))
+
+    def _run(self, journey: Callable[[], int]) -> None:
+        try:
+            journey()
+        except OSError as error:
+            # Such a descriptor stays readable and useless, as a TAP does whose link was deleted: going on
+            # would only spin.
+            self._stop()
+            self._on_failure(DataPlaneError(f"the data plane stopped: {error.strerror}; start podloom again"))
+
+    def _stop(self) -> None:
+        if self._loop is not None:
+            for descriptor in (self._tap_fd, *self._receivers):
+                self._loop.remove_reader(descriptor)
+            self._loop = None
+
+    def close(self) -> None:
+        """Stop forwarding and give the sockets back; the TAP stays open."""
+        self._stop()
+        self._descriptors.close()
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Change the tables between two batches; no packet sees half of it."""
+        for change in changes:
+            match change:
+                case ForgetSource(address):
+                    self._peers.forget_source(address.packed)
+                case RemovePrefix(prefix):
+                    self._prefixes.remove(prefix.network_address.packed, prefix.prefixlen)
+                case ClearSlot(slot):
+                    self._peers.clear(slot)
+                case SetPath(slot, path):
+                    self._peers.set(
+                        slot,
+                        encapsulation=path.encapsulation,
+                        vni=path.vni,
+                        router_mac=path.router_mac,
+                        endpoint=path.endpoint.packed,
+                        port=path.port,
+                        mtu=path.mtu_bytes,
+                    )
+                case AllowSource(address, slot):
+                    self._peers.allow_source(address.packed, slot)
+                case InsertPrefix(prefix, slot):
+                    self._prefixes.insert(prefix.network_address.packed, prefix.prefixlen, slot)
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """By direction: packets and bytes. Why packets were dropped is in `drops`."""
+        return {
+            direction: {name: value for name, value in counters.items() if isinstance(value, int)}
+            for direction, counters in self._pump.counters().items()
+        }
+
+    def drops(self) -> dict[str, dict[str, int]]:
+        """By direction and reason, every reason present."""
+        return self._pump.drops()
+
+    def peer_counters(self, slot: int) -> Mapping[str, int]:
+        return self._peers.counters(slot)

@@ -1,0 +1,103 @@
+"""What the daemon answers, for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def show(verb: str, answer: Any) -> None:
+    """Print one verb's answer on stdout."""
+    # No markup: what is shown holds brackets of its own.
+    console = Console(highlight=False, markup=False, emoji=False)
+    for part in _VIEWS[verb](answer):
+        console.print(part)
+
+
+def _status(status: dict[str, Any]) -> list[Any]:
+    discovery = status["discovery"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_column()
+    vxlan = ", ".join(map(str, status["ports"]["vxlan"])) or "none"
+    for name, value in (
+        ("node", status["node_id"]),
+        ("version", f"{status['version']}, up {_duration(status['uptime_seconds'])}"),
+        ("endpoints", ", ".join(status["endpoints"])),
+        ("prefixes", ", ".join(status["prefixes"])),
+        ("links", f"{status['links']['bridge']}, {status['links']['tap']}, MTU {status['mtu']}"),
+        ("encapsulation", f"{status['encapsulation']}, VNI {status['vni']}"),
+        ("UDP ports", f"geneve {status['ports']['geneve']}, vxlan {vxlan}"),
+        ("peers", f"{status['peers']} from {discovery['source']}, {_age(discovery['age_seconds'])}"),
+    ):
+        facts.add_row(name, value)
+    for name, offload in status["offloads"].items():
+        facts.add_row(name, "on" if offload["on"] else f"off: {offload['reason']}")
+    parts: list[Any] = [facts]
+    if discovery["fault"]:
+        parts.append(Text(f"the peers are not up to date: {discovery['fault']}", style="bold red"))
+    parts.append("")
+    counters = Table("", "received", "forwarded", "bytes", box=None)
+    for column in counters.columns[1:]:
+        column.justify = "right"
+    for direction, counted in status["counters"].items():
+        numbers = (counted["received"], counted["forwarded"], counted["forwarded_bytes"])
+        counters.add_row(direction, *map(_count, numbers))
+    parts.append(counters)
+    return parts
+
+
+def _peers(peers: list[dict[str, Any]]) -> list[Any]:
+    if not peers:
+        return ["no peers"]
+    table = Table("peer", "endpoint", "by", "prefixes", "encap", "bytes", "decap", "bytes", box=None)
+    for column in table.columns[4:]:
+        column.justify = "right"
+    for peer in peers:
+        counted = peer["counters"]
+        table.add_row(
+            peer["id"],
+            peer["endpoint"],
+            f"{peer['encapsulation']} {peer['port']}",
+            "\n".join(peer["prefixes"]),
+            *(
+                _count(counted[name])
+                for name in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")
+            ),
+        )
+    return [table]
+
+
+def _drops(drops: dict[str, dict[str, int]]) -> list[Any]:
+    table = Table("direction", "reason", "dropped", box=None)
+    table.columns[-1].justify = "right"
+    for direction, reasons in drops.items():
+        for reason, count in reasons.items():
+            if count:
+                table.add_row(direction, reason, _count(count))
+    return [table if table.rows else "nothing was dropped"]
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _age(seconds: float | None) -> str:
+    return "never known" if seconds is None else f"known for {_duration(seconds)}"
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+_VIEWS: Final[dict[str, Callable[[Any], list[Any]]]] = {"status": _status, "peers": _peers, "drops": _drops}
