@@ -157,7 +157,8 @@ class Daemon:
         async with AsyncExitStack() as stack:
             self._listen_to_signals()
             self._wiring, self._mtus = await asyncio.to_thread(plan_wiring, self._config)
-            tap = await asyncio.to_thread(links.open_tap, self._wiring.tap, self._wiring.node_id)
+            wiring = self._wiring
+            tap = await asyncio.to_thread(links.open_tap, wiring.tap, wiring.node_id, wiring.router_mac)
             stack.push_async_callback(self._remove_links)
             stack.callback(tap.close)
             for operation in await asyncio.to_thread(links.ensure, self._wiring):

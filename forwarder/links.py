@@ -7,7 +7,9 @@ a loop of its own. Errors are LinkError, a sentence that says what to do.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address, ip_interface, ip_network
@@ -64,6 +66,7 @@ IFA_F_NODAD = 0x02
 RTNH_F_ONLINK = 0x04
 RT_TABLE_MAIN = 254
 RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
+TUNSETTXFILTER = 0x400454D1  # linux/if_tun.h; takes a struct tun_filter: flags, count, MACs
 IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 
 
@@ -79,9 +82,9 @@ def ipv6_available() -> bool:
         return False
 
 
-def open_tap(name: str, node_id: str) -> Any:
-    """The pytun device of the node's TAP with our mark on it, non-blocking, gone when it is closed. The
-    kernel puts a virtio_net_hdr before each frame (IFF_VNET_HDR)."""
+def open_tap(name: str, node_id: str, router_mac: bytes) -> Any:
+    """The pytun device of the node's TAP with our mark on it, non-blocking, gone when it is closed. It reads
+    as frames to the router MAC, each behind a virtio_net_hdr (IFF_VNET_HDR)."""
     with _netlink() as netlink:
         current = _link(netlink, name)
         if current is not None and not (current.kind == "tun" and is_ours(current)):
@@ -95,6 +98,9 @@ def open_tap(name: str, node_id: str) -> Any:
         try:
             os.set_blocking(tap.fileno(), False)
             os.set_inheritable(tap.fileno(), False)
+            # The host's own multicast and ARP are flooded to every port whatever its flags say; without
+            # this each would wake the pump only to be dropped.
+            fcntl.ioctl(tap.fileno(), TUNSETTXFILTER, struct.pack("=HH6s", 0, 1, router_mac))
             netlink.link("set", index=_index(netlink, name), ifalias=ALIAS_PREFIX + node_id)
         except BaseException:
             tap.close()
