@@ -136,6 +136,7 @@ class Lab:
         self._hosts = 0
         self._foreign: list[PeerRecord] = []
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._namespaces: set[str] = set()
         self._undo = ExitStack()
 
     def __enter__(self) -> Lab:
@@ -246,7 +247,9 @@ class Lab:
     def delete_pod(self, pod: Pod) -> None:
         """The CNI plugin's DEL, then the namespace, in a runtime's order."""
         self._plugin(pod.node, "DEL", pod.name, pod.namespace)
-        netns.delete(f"{self.name}-{pod.name}")
+        with deferred_interrupts():
+            netns.delete(pod.namespace.name)
+            self._namespaces.remove(pod.namespace.name)
         self.pods.remove(pod)
 
     def _plugin(self, node: Node, verb: str, pod: str, namespace: Path) -> Any:
@@ -282,15 +285,18 @@ class Lab:
     # The parts
 
     def _create_namespace(self, name: str) -> Path:
+        full_name = f"{self.name}-{name}"
         try:
             with deferred_interrupts():
-                return netns.create(f"{self.name}-{name}")
+                path = netns.create(full_name)
+                self._namespaces.add(full_name)
+                return path
         except OSError as error:
             raise LabError(f"cannot make a network namespace (CAP_SYS_ADMIN is needed): {error}") from error
 
     def _delete_namespaces(self) -> None:
-        for name in netns.names(f"{self.name}-"):
-            netns.delete(name)
+        while self._namespaces:
+            netns.delete(self._namespaces.pop())
 
     def _join_wire(self, host: Host) -> None:
         with netlink(self.wire) as ip, host.namespace.open("rb") as there:

@@ -101,12 +101,13 @@ def ping(pairs: Iterable[tuple[Station, Station]], seconds: float = PING_SECONDS
                 identifier, sequence = divmod(sent, 1 << 16)
                 sent += 1
                 what = f"{source.name} -> {destination.name} {address}"
+                when = time.monotonic()
                 try:
                     sockets[at].sendto(_echo_request(at[1], identifier, sequence), (address, 0))
                 except OSError as error:  # no route, for one: a lost ping, and the reason is worth telling
                     unsent.append(f"{what}: {error.strerror}")
                 else:
-                    waiting[address, identifier, sequence] = what, time.monotonic()
+                    waiting[address, identifier, sequence] = what, when
                 collect(0)
         deadline = time.monotonic() + seconds
         while waiting and (left := deadline - time.monotonic()) > 0:
