@@ -171,7 +171,7 @@ class Node:
 
     def pods_get(self) -> list[bytes]:
         """Frames delivered so far; each must have come behind a header that asks for nothing."""
-        frames = []
+        frames: list[bytes] = []
         while True:
             try:
                 message = self.tap.recv(1 << 17)
@@ -261,7 +261,7 @@ class Wire:
         return datagrams
 
     def get_now(self) -> list[Datagram]:
-        datagrams = []
+        datagrams: list[Datagram] = []
         while True:
             try:
                 payload, control, _, source = self.socket.recvmsg(1 << 16, 64)

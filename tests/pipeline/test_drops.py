@@ -491,8 +491,8 @@ def test_our_own_datagram_come_back_is_from_no_peer(
 
 
 def test_every_reason_is_reached() -> None:
-    reached = {case.reason for case in (*ENCAP_CASES, *DECAP_CASES)}
-    reached |= {reason for _, reason, *_ in (*TUNNEL_CASES, *STAGED)}
+    reached = {case.reason for case in ENCAP_CASES} | {case.reason for case in DECAP_CASES}
+    reached |= {reason for _, reason, _, _ in TUNNEL_CASES} | {reason for _, reason, _ in STAGED}
     assert reached == set(DropReason)
 
 

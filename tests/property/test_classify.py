@@ -1,4 +1,5 @@
 import socket
+from collections.abc import Callable
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -11,7 +12,9 @@ from fastpath.wire.classify import FrameInfo, classify
 from tests.packets import build
 from tests.reference import classify as oracle
 
-MACS = {"destination": bytes(6), "source": bytes(6)}
+
+def framed(packet: bytes, padding: bytes = b"") -> bytes:
+    return build.frame(packet, destination=bytes(6), source=bytes(6), padding=padding)
 
 
 @st.composite
@@ -22,7 +25,7 @@ def packets(draw: st.DrawFn) -> bytes:
     source, destination = (
         socket.inet_ntop(family, draw(st.binary(min_size=size, max_size=size))) for _ in range(2)
     )
-    make = draw(st.sampled_from([build.udp, build.tcp]))
+    make: Callable[..., bytes] = draw(st.sampled_from([build.udp, build.tcp]))
     fragment = {"flags": draw(st.integers(0, 7)), "frag": draw(st.sampled_from([0, 0, 1, 185, 0x1FFF]))}
     return make(
         source,
@@ -47,7 +50,7 @@ def assert_agrees(frame: bytes) -> None:
 
 @given(packets(), st.binary(max_size=20))
 def test_fields_equal_what_scapy_dissects(packet: bytes, padding: bytes) -> None:
-    frame = build.frame(packet, **MACS, padding=padding)
+    frame = framed(packet, padding)
     answer, dissected = classify(frame), Ether(frame)
     assert isinstance(answer, FrameInfo)
     if IP in dissected:
@@ -61,7 +64,7 @@ def test_fields_equal_what_scapy_dissects(packet: bytes, padding: bytes) -> None
 
 @given(packets(), st.data())
 def test_a_mutated_frame_is_read_as_the_oracle_reads_it(packet: bytes, data: st.DataObject) -> None:
-    frame = bytearray(build.frame(packet, **MACS))
+    frame = bytearray(framed(packet))
     for _ in range(data.draw(st.integers(1, 4))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     assert_agrees(bytes(frame[: data.draw(st.integers(0, len(frame)))]))
@@ -89,7 +92,7 @@ def flow_of(frame: bytes) -> tuple[bytes, bytes, int, bytes]:
 
 @given(packets(), st.data())
 def test_the_flow_hash_depends_on_the_flow_and_nothing_else(packet: bytes, data: st.DataObject) -> None:
-    frame = build.frame(packet, **MACS)
+    frame = framed(packet)
     mutated = bytearray(frame)
     for _ in range(data.draw(st.integers(1, 4))):
         mutated[data.draw(st.integers(12, len(frame) - 1))] = data.draw(st.integers(0, 255))

@@ -29,9 +29,9 @@ def test_invariants(datagrams: list[tuple[int, int]], max_segments: int) -> None
     position = 0
     for run in runs:
         assert run.first == position, "nothing lost, doubled or moved"
-        position += run.count
+        position += run.segments
         carried = datagrams[run.first : position]
-        assert 1 <= run.count <= max_segments
+        assert 1 <= run.segments <= max_segments
         assert sum(length for _, length in carried) <= oracle.MAX_BYTES
         assert len({key for key, _ in carried}) == 1
         assert all(length == run.size for _, length in carried[:-1])

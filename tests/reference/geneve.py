@@ -14,7 +14,7 @@ def faults(datagram: bytes) -> set[str]:
         return {"TUNNEL_SHORT"}
     if datagram[0] >> 6 != 0:
         return {"TUNNEL_VERSION"}
-    found = set()
+    found = set[str]()
     if datagram[1] & 0x80:
         found.add("TUNNEL_OAM")
     if int.from_bytes(datagram[2:4], "big") != ETHERNET:
@@ -33,7 +33,7 @@ def option_faults(options: bytes) -> set[str]:
     The header's C bit is not asked: it must be set when an option is critical, and a sender that forgot is
     no reason to deliver; where it is set and no option is critical, every option was parsed and none objects.
     """
-    found = set()
+    found = set[str]()
     while options:
         length = 4 + (options[3] & 0x1F) * 4
         if length > len(options):

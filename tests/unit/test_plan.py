@@ -38,4 +38,4 @@ def test_plan(datagrams: list[tuple[int, int]], runs: list[tuple[int, int, int]]
 
 @pytest.mark.parametrize("cap", [1, 2, 63, 128])
 def test_the_segment_cap_is_the_callers(cap: int) -> None:
-    assert [run.count for run in plan([(A, 60)] * (cap + 1), max_segments=cap)] == [cap, 1]
+    assert [run.segments for run in plan([(A, 60)] * (cap + 1), max_segments=cap)] == [cap, 1]
