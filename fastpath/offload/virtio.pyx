@@ -10,7 +10,7 @@ VirtioHeader = collections.namedtuple(
 )
 
 
-cdef VnetHeader from_tuple(tuple fields) except *:
+cdef VnetHeader from_tuple(fields) except *:
     cdef VnetHeader header
     (
         header.flags,
@@ -32,14 +32,14 @@ def decode(bytes header not None):
     )
 
 
-def encode(tuple header not None):
+def encode(header):
     cdef uint8_t data[VIRTIO_HEADER]
     cdef VnetHeader h = from_tuple(header)
     virtio_encode(data, &h)
     return data[:VIRTIO_HEADER]
 
 
-def complete_checksum(tuple header not None, bytes frame not None):
+def complete_checksum(header, bytes frame not None):
     """The frame with its partial checksum finished, or VIRTIO_HEADER if the two do not fit."""
     cdef VnetHeader h = from_tuple(header)
     cdef bytearray copy = bytearray(frame)
