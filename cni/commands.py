@@ -14,13 +14,15 @@ from cni.ipam import IpAddress, IpNetwork, Pool
 from cni.netlink import Link, Netlink, VethEnd
 from cni.request import Attachment, Request
 from cni.result import CniError, Code, Interface, Ip, Result, Route
-from cni.store import AlreadyReservedError, Lease, PoolExhaustedError, Record, Store
+from cni.store import Lease, PoolExhaustedError, Record, Store
 
 ALIAS_MARK = "podloom "
 """How the ifalias of every host end begins: it tells our links from others'."""
 _ALIAS_MAX = 255  # IFALIASZ less the closing NUL, linux/if.h
 
 _ANYWHERE: dict[int, IpAddress] = {4: IPv4Address(0), 6: IPv6Address(0)}
+
+_LATER_METRIC = 2048  # worse than IPv6's default of 1024 (IP6_RT_PRIO_USER, net/ip6_route.h)
 
 # In the pod. Neither routers nor neighbours may change its routes, and it must not wait for DAD on start.
 _POD_SYSCTLS = {
@@ -49,23 +51,26 @@ class NodeNetwork:
 
 
 def add(request: Request, network: NodeNetwork, store: Store, host: Netlink, now: float) -> Result:
-    """Wire the pod's interface and give it its addresses; nothing is left behind when this raises."""
+    """Wire the pod's interface and give it its addresses; nothing is left behind when this raises.
+
+    Each undo is registered before its step, because a step that raises may still have been done.
+    """
     attachment = request.attachment
     host_ifname = host_ifname_of(attachment)
-    with _opened_netns(request) as netns_fd, ExitStack() as undo, netns.call_in(netns_fd, Netlink) as pod:
-        _refuse_existing(attachment, host_ifname, store, host, pod)
+    with _opened_netns(request) as netns_fd, netns.call_in(netns_fd, Netlink) as pod, ExitStack() as undo:
+        _refuse_existing(attachment, store, host, pod)
         bridge = host.find_link(network.bridge)
         if bridge is None:
             raise CniError(
                 Code.TRY_AGAIN_LATER, f"the bridge {network.bridge} is missing; is `podloom up` running?"
             )
-        leases = _reserve(request, host_ifname, network, store, now)
         undo.callback(store.forget, attachment)
+        leases = _reserve(request, host_ifname, network, store, now)
 
         ours = VethEnd(host_ifname, _mac_of_port(attachment), network.mtu, network.gso_max_segs)
         theirs = VethEnd(request.ifname, _mac_of(leases), network.mtu, network.gso_max_segs)
+        undo.callback(_delete_port, attachment, host)
         host.add_veth(ours, theirs, netns_fd, bridge.index)
-        undo.callback(host.delete_link, host_ifname)
         netlink.set_link_sysctls(host_ifname, _PORT_SYSCTLS)
         host.set_port_up(host_ifname, alias_of(attachment))
 
@@ -95,7 +100,7 @@ def delete(request: Request, store: Store, host: Netlink, now: float) -> None:
 
     The link goes first: an address must not be given out again while a link still carries it.
     """
-    _delete_port(host, host_ifname_of(request.attachment))
+    _delete_port(request.attachment, host)
     store.release(request.attachment, now)
 
 
@@ -145,23 +150,23 @@ def _opened_netns(request: Request) -> Iterator[int]:
         os.close(netns_fd)
 
 
-def _refuse_existing(
-    attachment: Attachment, host_ifname: str, store: Store, host: Netlink, pod: Netlink
-) -> None:
+def _refuse_existing(attachment: Attachment, store: Store, host: Netlink, pod: Netlink) -> None:
     """A second ADD is an error; the remains of one that was killed half way are cleared away."""
     record = store.find(attachment)
     if record is not None and record.attached_at is not None:
-        raise CniError(
-            Code.ALREADY_ATTACHED,
-            f"{_shown(attachment)} is attached already; DEL comes first",
-        )
+        raise CniError(Code.ALREADY_ATTACHED, f"{_shown(attachment)} is attached already; DEL comes first")
     if record is not None:
-        _delete_port(host, host_ifname)
+        _delete_port(attachment, host)
         store.forget(attachment)
     if pod.find_link(attachment.ifname) is not None:
         raise CniError(
             Code.INVALID_ENVIRONMENT, f"CNI_IFNAME {attachment.ifname} exists already in the pod's namespace"
         )
+    port = host.find_link(host_ifname_of(attachment))
+    if port is not None and not _is_port_of(attachment, port):
+        raise CniError(Code.KERNEL_REFUSED, f"{port.name} exists and is not ours: {port.alias or port.kind}")
+    if port is not None:  # left over without a record; its other end is not in this pod
+        host.delete_link(port.name)
 
 
 def _reserve(
@@ -179,24 +184,34 @@ def _reserve(
         return store.reserve(request.attachment, host_ifname, network.bridge, pools, now, pod)
     except PoolExhaustedError as error:
         raise CniError(Code.TRY_AGAIN_LATER, str(error)) from None
-    except AlreadyReservedError:
-        raise CniError(
-            Code.TRY_AGAIN_LATER, f"another ADD of {_shown(request.attachment)} is under way"
-        ) from None
 
 
 def _configure_pod(pod: Netlink, ifname: str, leases: Sequence[Lease]) -> tuple[Route, ...]:
-    """Addresses, link up, routes; returns the routes this interface got: the first interface's stay."""
+    """Addresses, link up, routes; returns the default routes as the result tells them."""
     link = pod.find_link(ifname)
     if link is None:
         raise CniError(Code.KERNEL_REFUSED, f"{ifname} vanished from the pod's namespace")
     for lease in leases:
         pod.add_address(link.index, lease.address)
     pod.set_up(ifname)
-    routes = [route for lease in leases for route in _routes_of(lease) if pod.add_route(link.index, route)]
-    return tuple(
-        Route(f"{route.dst}/{route.length}", str(route.gateway)) for route in routes if route.gateway
-    )
+    made = []
+    for lease in leases:
+        for route in _routes_of(lease):
+            metric = _add_route(pod, link.index, route)
+            if route.gateway is not None:
+                details = {"priority": metric} if metric else {}
+                made.append(Route(f"{route.dst}/{route.length}", str(route.gateway), details))
+    return tuple(made)
+
+
+def _add_route(pod: Netlink, index: int, route: netlink.Route) -> int:
+    """The metric it got: the first interface keeps the better one, a later one takes over when it goes."""
+    if pod.add_route(index, route):
+        return 0
+    metric = _LATER_METRIC + index
+    if not pod.add_route(index, route, metric):
+        raise CniError(Code.KERNEL_REFUSED, f"a route to {route.dst} with metric {metric} exists in the pod")
+    return metric
 
 
 def _routes_of(lease: Lease) -> tuple[netlink.Route, ...]:
@@ -205,12 +220,16 @@ def _routes_of(lease: Lease) -> tuple[netlink.Route, ...]:
     return to_gateway, netlink.Route(_ANYWHERE[lease.gateway.version], 0, lease.gateway)
 
 
-def _delete_port(host: Netlink, host_ifname: str) -> None:
-    """Delete the host end, its peer with it. A link of that name with another's mark is left alone."""
-    link = host.find_link(host_ifname)
+def _delete_port(attachment: Attachment, host: Netlink) -> None:
+    """Delete the host end, its peer with it. Another's link of that name is left alone."""
+    port = host.find_link(host_ifname_of(attachment))
+    if port is not None and _is_port_of(attachment, port):
+        host.delete_link(port.name)
+
+
+def _is_port_of(attachment: Attachment, port: Link) -> bool:
     # An ADD killed between making the link and marking it leaves no alias.
-    if link is not None and link.kind == "veth" and (not link.alias or link.alias.startswith(ALIAS_MARK)):
-        host.delete_link(host_ifname)
+    return port.kind == "veth" and port.alias in ("", alias_of(attachment))
 
 
 def _checked_port(host: Netlink, record: Record) -> Link:

@@ -187,8 +187,11 @@ class Netlink:
                 found.add((ip_address(text), item["prefixlen"]))
         return frozenset(found)
 
-    def add_route(self, index: int, route: Route) -> bool:
-        """Whether it was added: False when the namespace has a route to the same destination."""
+    def add_route(self, index: int, route: Route, metric: int = 0) -> bool:
+        """Whether it was added: False when there is one to the same destination with the same metric.
+
+        Metric 0 is the kernel's default for the family.
+        """
         message = rtmsg()
         message["family"] = _family(route.dst)
         message["dst_len"] = route.length
@@ -196,7 +199,7 @@ class Netlink:
         message["proto"] = _PROTO_STATIC
         message["scope"] = _SCOPE_UNIVERSE if route.gateway else _SCOPE_LINK
         message["type"] = _UNICAST
-        message["attrs"] = [("RTA_OIF", index)]
+        message["attrs"] = [("RTA_OIF", index), ("RTA_PRIORITY", metric)]
         if route.length:
             message["attrs"].append(("RTA_DST", str(route.dst)))
         if route.gateway:

@@ -54,10 +54,6 @@ class PoolExhaustedError(Exception):
     """Every address of a pool is held; the text names the pool."""
 
 
-class AlreadyReservedError(Exception):
-    """The attachment has a record: only one ADD can hold it."""
-
-
 @dataclass(frozen=True)
 class Lease:
     """One address held by an attachment, and the gateway that goes with it."""
@@ -110,11 +106,12 @@ class Store:
         now: float,
         pod: tuple[str, str] = ("", ""),
     ) -> tuple[Lease, ...]:
-        """One address of each pool, on disk before this returns. `pod` is its namespace and name."""
+        """One address of each pool, on disk before this returns. `pod` is its namespace and name.
+
+        The attachment must not have a record.
+        """
         key = _key(attachment)
         with self._transaction():
-            if self._one("SELECT 1 FROM attachments WHERE (network, container, ifname) = (?, ?, ?)", key):
-                raise AlreadyReservedError
             self._run(
                 "INSERT INTO attachments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
                 (*key, host_ifname, bridge, self._boot_id, *pod, now),
@@ -132,12 +129,14 @@ class Store:
         with self._reported():
             self._run("PRAGMA synchronous = NORMAL")
             try:
-                self._run(
+                done = self._run(
                     "UPDATE attachments SET attached_at = ? WHERE (network, container, ifname) = (?, ?, ?)",
                     (now, *_key(attachment)),
                 )
             finally:
                 self._run("PRAGMA synchronous = FULL")
+        if done.rowcount != 1:
+            raise StoreError(f"{self._path}: a DEL of the same attachment came in between")
 
     def find(self, attachment: Attachment) -> Record | None:
         key = _key(attachment)
