@@ -119,10 +119,10 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}; must be a readable TOML file"
-        raise ConfigError([Fault("file", path, reason)]) from None
+        reason = f"cannot be read: {error.strerror}; must be a TOML file (podloom config --example)"
+        raise ConfigError([Fault("", MISSING, reason)]) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([Fault("file", path, f"must be UTF-8 text: {error}")]) from None
+        raise ConfigError([Fault("", MISSING, f"must be UTF-8 text: {error}")]) from None
 
 
 def parse(text: str) -> Config:
@@ -245,7 +245,7 @@ def _decode(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError([Fault("file", MISSING, f"not TOML: {error}")]) from None
+        raise ConfigError([Fault("", MISSING, f"must be TOML: {error}")]) from None
 
 
 def _pop_table(tables: dict[str, Any], name: str, faults: list[Fault]) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _read_peers(
         encapsulation = row.get("encapsulation", tunnel.encapsulation)
         defaults = {
             "encapsulation": encapsulation,
-            "port": tunnel.port(encapsulation) if encapsulation in ENCAPSULATIONS else 0,
+            "port": tunnel.port(encapsulation if encapsulation in ENCAPSULATIONS else "geneve"),
             "vni": cluster.vni,
         }
         peer = _read(PeerRecord, _PEER, {**defaults, **row}, f"peer[{index}]", faults)

@@ -11,13 +11,16 @@ _MAX_VALUE_CHARACTERS = 80
 
 
 class Fault(NamedTuple):
-    """One refused value: its key, what stood there (MISSING if nothing), and what is allowed."""
+    """One refused value: its key (empty if it is the text as a whole), what stood there (MISSING if
+    nothing), and what is allowed."""
 
     key: str
     value: Any
     allowed: str
 
     def __str__(self) -> str:
+        if not self.key:
+            return self.allowed
         if self.value is MISSING:
             return f"{self.key} is missing: {self.allowed}"
         text = json.dumps(self.value, default=str, ensure_ascii=False)
