@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from cni import commands
@@ -21,18 +20,6 @@ __all__ = ["CniService", "NodeNetwork"]
 _LOCKS = 64
 
 
-@dataclass(frozen=True)
-class _Hands:
-    """What one call at a time works with."""
-
-    store: Store
-    host: Netlink
-
-    def close(self) -> None:
-        self.store.close()
-        self.host.close()
-
-
 class CniService:
     """Answers CNI calls on any thread; calls for the same attachment wait for each other.
 
@@ -43,13 +30,18 @@ class CniService:
     def __init__(self, network: NodeNetwork | None, state_dir: Path) -> None:
         self.network = network
         self._state_dir = state_dir
-        self._idle: list[_Hands] = []
+        self._store: Store | None = None
+        self._opening = threading.Lock()
+        self._idle: list[Netlink] = []
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
 
     def close(self) -> None:
-        """Close what idles; to be called when no call is under way."""
+        """Close the store and the sockets; to be called when no call is under way."""
         while self._idle:
             self._idle.pop().close()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
 
     def handle(self, env: Mapping[str, str], stdin: str) -> tuple[int, str]:
         """(exit code, stdout) of one call. Never raises: a failure is the spec's error object."""
@@ -74,7 +66,8 @@ class CniService:
     def _answer(self, request: Request) -> str:
         if request.command == "VERSION":
             return version_json(request.version)
-        with self._locks[hash(request.attachment) % _LOCKS], self._hands() as hands:
+        store = self._opened_store()
+        with self._locks[hash(request.attachment) % _LOCKS], self._netlink() as host:
             match request.command:
                 case "ADD":
                     if self.network is None:
@@ -82,30 +75,36 @@ class CniService:
                             Code.TRY_AGAIN_LATER,
                             "no podloom daemon serves this node; start it with `podloom up`",
                         )
-                    made = commands.add(request, self.network, hands.store, hands.host, time.time())
+                    made = commands.add(request, self.network, store, host, time.time())
                     return result_json(made, request.version)
                 case "DEL":
-                    commands.delete(request, hands.store, hands.host, time.time())
+                    commands.delete(request, store, host, time.time())
                 case "CHECK":
-                    commands.check(request, hands.store, hands.host)
+                    commands.check(request, store, host)
         return ""
 
+    def _opened_store(self) -> Store:
+        with self._opening:
+            if self._store is None:
+                self._store = Store(self._state_dir, _boot_id(), time.time())
+            return self._store
+
     @contextmanager
-    def _hands(self) -> Iterator[_Hands]:
-        """Idle ones if there are any; kept for the next call unless this one ended in an unforeseen way."""
+    def _netlink(self) -> Iterator[Netlink]:
+        """An idle socket if there is one; kept for the next call unless this one failed in an unforeseen way."""
         try:
-            hands = self._idle.pop()
+            host = self._idle.pop()
         except IndexError:
-            hands = _Hands(Store(self._state_dir, _boot_id(), time.time()), Netlink())
+            host = Netlink()
         try:
-            yield hands
+            yield host
         except CniError:
-            self._idle.append(hands)
+            self._idle.append(host)
             raise
         except BaseException:
-            hands.close()
+            host.close()
             raise
-        self._idle.append(hands)
+        self._idle.append(host)
 
 
 def _boot_id() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,11 +77,15 @@ class Record:
 
 
 class Store:
-    """One connection, used by one thread at a time. Times are seconds since the epoch."""
+    """One connection, for any thread. Times are seconds since the epoch.
+
+    Threads take turns by a lock of ours: SQLite's own makes a waiter sleep, up to 100 ms at a time.
+    """
 
     def __init__(self, state_dir: Path, boot_id: str, now: float) -> None:
         self._path = state_dir / FILE_NAME
         self._boot_id = boot_id
+        self._turn = threading.RLock()
         with self._reported():
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -95,7 +100,8 @@ class Store:
             raise
 
     def close(self) -> None:
-        self._database.close()
+        with self._turn:
+            self._database.close()
 
     def reserve(
         self,
@@ -260,7 +266,8 @@ class Store:
     @contextmanager
     def _reported(self) -> Iterator[None]:
         try:
-            yield
+            with self._turn:
+                yield
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{self._path}: {error}") from error
 
