@@ -91,7 +91,7 @@ class CniService:
 
     @contextmanager
     def _netlink(self) -> Iterator[Netlink]:
-        """An idle socket if there is one; kept for the next call unless this one failed in an unforeseen way."""
+        """An idle socket if there is one; kept for the next call unless this one broke down."""
         try:
             host = self._idle.pop()
         except IndexError:
