@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
-from forwarder.addresses import Address, Network, format_mac, parse_mac
+from forwarder.addresses import Address, Network, derive_mac, format_mac, parse_mac
 from forwarder.control.messages import DEFAULT_RUN_DIR, SOCKET_NAME
 from forwarder.faults import MISSING, ConfigError, Fault
 from forwarder.peers import OVERHEAD_BYTES, Local, NamedPrefix, PeerRecord, check, is_inside, overlaps
@@ -232,8 +232,9 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 #id = "node-2"
 # One IPv4, one IPv6, or one of each, the preferred first.
 #endpoints = ["192.0.2.2"]
-#router_mac = "02:00:00:00:00:02"
 #prefixes = ["10.42.2.0/24", "fd42:0:0:2::/64"]
+# Default: derived from the id, as that node does itself. One that is not podloom's has to be given.
+#router_mac = "02:00:00:00:00:02"
 # Default: tunnel.encapsulation, that encapsulation's port, cluster.vni.
 #encapsulation = "geneve"
 #port = 6081
@@ -267,6 +268,7 @@ def _read_peers(
     for index, row in enumerate(rows):
         encapsulation = row.get("encapsulation", tunnel.encapsulation)
         defaults = {
+            "router_mac": format_mac(derive_mac(str(row.get("id")), "router")),
             "encapsulation": encapsulation,
             "port": tunnel.port(encapsulation if encapsulation in ENCAPSULATIONS else "geneve"),
             "vni": cluster.vni,
@@ -505,7 +507,7 @@ def _mac(text: str) -> bytes:
     try:
         return parse_mac(text)
     except ValueError as error:
-        raise ValueError(f"{_MAC_ALLOWED}, not {error}") from None
+        raise ValueError(f"{_MAC_ALLOWED}; this is {error}") from None
 
 
 _MAC = _kind(str, _MAC_ALLOWED, _mac)

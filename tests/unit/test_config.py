@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from forwarder import config
+from forwarder.addresses import derive_mac
 from forwarder.config import ClusterConfig, DiscoveryConfig, LinksConfig, NodeConfig, TunnelConfig
 from forwarder.faults import ConfigError, Fault
 from forwarder.peers import PeerRecord
@@ -94,6 +95,12 @@ def test_a_peers_absent_keys_stand_for_ours() -> None:
     assert (peer.encapsulation, peer.port) == ("geneve", 6081)
 
 
+def test_a_peers_absent_router_mac_is_the_one_it_derives_itself() -> None:
+    unnamed = {key: value for key, value in PEER.items() if key != "router_mac"}
+    (peer,) = config.parse(text_of({**MINIMAL, "peer": [unnamed]})).peers
+    assert peer.router_mac == derive_mac("b", "router")
+
+
 def test_example_is_a_sound_file_with_the_defaults() -> None:
     parsed = config.parse(config.example())
     assert (parsed.tunnel, parsed.links, parsed.discovery) == (
@@ -174,9 +181,9 @@ FAULTS: list[tuple[str, str, Any, str, str]] = [
     ("node", "id", "a b", "", NODE_ID),
     ("node", "id", "", "", NODE_ID),
     ("node", "id", 7, "", NODE_ID),
-    ("node", "router_mac", "01:00:5e:00:00:01", "", MAC + ", not a group address"),
-    ("node", "router_mac", "2:0:0:0:0:1", "", MAC + ", not not six colon-separated bytes"),
-    ("node", "router_mac", "00:00:00:00:00:00", "", MAC + ", not all zero"),
+    ("node", "router_mac", "01:00:5e:00:00:01", "", MAC + "; this is a group address"),
+    ("node", "router_mac", "2:0:0:0:0:1", "", MAC + "; this is not six colon-separated bytes"),
+    ("node", "router_mac", "00:00:00:00:00:00", "", MAC + "; this is all zero"),
     ("node", "state_dir", "var", "", "must be an absolute path"),
     ("node", "run_dir", "/" + "r" * 94, "", "must be at most 94 bytes: a socket's path is limited"),
     ("tunnel", "encapsulation", "gre", "", ENCAPSULATION),
@@ -250,7 +257,6 @@ def test_what_is_missing_is_named() -> None:
         "node.prefixes is missing",
         "peer[0].id is missing",
         "peer[0].endpoints is missing",
-        "peer[0].router_mac is missing",
         "peer[0].prefixes is missing",
     ]
 
