@@ -117,9 +117,9 @@ class Checks:
             udp_echo(a, b, _address(b, _FAMILIES[family]), ECHO_BYTES, ECHO_COUNT) for a, b in self._ring()
         ]
         self._outcome.echoes += echoes
-        lost = [what for one in echoes for what in one.lost]
+        faults = [one.fault for one in echoes if one.fault is not None]
         detail = f"{len(echoes)} x {ECHO_COUNT} x {ECHO_BYTES} bytes came back"
-        self._tell(f"UDP {family} in fragments", not lost, "; ".join(lost) or detail)
+        self._tell(f"UDP {family} in fragments", not faults, "; ".join(faults) or detail)
 
     def move_pod(self) -> None:
         mover, goal = self._lab.pods[0], self._lab.nodes[-1]

@@ -63,13 +63,13 @@ class Host:
         return {family: str(network[self.index]) for family, network in UNDERLAY.items()}
 
     @property
-    def prefixes(self) -> tuple[IPv4Network, IPv6Network]:
+    def prefixes(self) -> tuple[IPv4Network | IPv6Network, ...]:
         """The inner addresses behind this host, one prefix of each family out of CLUSTER."""
         return IPv4Network(f"10.71.{self.index}.0/24"), IPv6Network(f"fd71:0:0:{self.index:x}::/64")
 
     @property
-    def gateways(self) -> tuple[str, str]:
-        return str(self.prefixes[0][1]), str(self.prefixes[1][1])
+    def gateways(self) -> tuple[str, ...]:
+        return tuple(str(prefix[1]) for prefix in self.prefixes)
 
     @property
     def router_mac(self) -> str:
@@ -152,7 +152,7 @@ class Lab:
         self._undo.callback(_remove_directory, self.directory)
         self.directory.mkdir(mode=0o700)
         self._undo.callback(self._delete_namespaces)
-        self.wire = self._create_namespace("wire")
+        self.wire = self.add_namespace("wire")
         with netlink(self.wire) as ip:
             ip.link("add", ifname="wire", kind="bridge", mtu=self._mtu, br_mcast_snooping=0)
             ip.link("set", index=link_index(ip, "wire"), state="up")
@@ -168,12 +168,23 @@ class Lab:
 
     # Hosts and nodes
 
+    def add_namespace(self, name: str) -> Path:
+        """A bare namespace that goes with the lab."""
+        full_name = f"{self.name}-{name}"
+        try:
+            with deferred_interrupts():
+                path = netns.create(full_name)
+                self._namespaces.add(full_name)
+                return path
+        except OSError as error:
+            raise LabError(f"cannot make a network namespace (CAP_SYS_ADMIN is needed): {error}") from error
+
     def add_host(self, name: str) -> Host:
         """A namespace on the wire that does not run our daemon."""
         self._hosts += 1
         if self._hosts > MAX_HOSTS:
             raise LabError(f"a lab holds at most {MAX_HOSTS} hosts")
-        host = Host(name, self._hosts, self._create_namespace(name))
+        host = Host(name, self._hosts, self.add_namespace(name))
         self._join_wire(host)
         return host
 
@@ -235,7 +246,7 @@ class Lab:
 
     def add_pod(self, node: Node, name: str) -> Pod:
         """A new namespace, attached by the CNI plugin's ADD with the environment a runtime gives it."""
-        namespace = self._create_namespace(name)
+        namespace = self.add_namespace(name)
         with netlink(namespace) as ip:  # a runtime's loopback plugin does this
             ip.link("set", index=link_index(ip, "lo"), state="up")
         result = self._plugin(node, "ADD", name, namespace)
@@ -283,16 +294,6 @@ class Lab:
         return json.loads(output) if output.strip() else None
 
     # The parts
-
-    def _create_namespace(self, name: str) -> Path:
-        full_name = f"{self.name}-{name}"
-        try:
-            with deferred_interrupts():
-                path = netns.create(full_name)
-                self._namespaces.add(full_name)
-                return path
-        except OSError as error:
-            raise LabError(f"cannot make a network namespace (CAP_SYS_ADMIN is needed): {error}") from error
 
     def _delete_namespaces(self) -> None:
         while self._namespaces:

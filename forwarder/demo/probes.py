@@ -14,14 +14,16 @@ import struct
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forwarder.demo import netns
 
-PING_SECONDS = 5.0
-TRANSFER_SECONDS = 30.0
+PING_SECONDS = 3.0
+STALL_SECONDS = 5.0
+"""A TCP transfer that does not move for so long has failed."""
 ECHO_SECONDS = 2.0
 
 _SOL_RAW, _ICMP_FILTER = 255, 1  # linux/in.h, linux/icmp.h
@@ -70,7 +72,8 @@ class Transfer:
 class Echoes:
     sent: int
     received: int
-    lost: tuple[str, ...]
+    fault: str | None
+    """Between whom and what went wrong, if anything did."""
 
 
 def family_of(address: str) -> socket.AddressFamily:
@@ -119,41 +122,29 @@ def ping(pairs: Iterable[tuple[Station, Station]], seconds: float = PING_SECONDS
 def transfer(source: Station, destination: Station, address: str, payload: bytes) -> Transfer:
     """Send the payload over TCP; the receiver hashes what came. The time is from connect to last byte."""
     family = family_of(address)
-    received = bytearray(len(payload))
     with (
         netns.open_socket(destination.namespace, family, socket.SOCK_STREAM) as listener,
         netns.open_socket(source.namespace, family, socket.SOCK_STREAM) as client,
     ):
-        for end in (listener, client):
-            end.settimeout(TRANSFER_SECONDS)
+        listener.settimeout(STALL_SECONDS)
         listener.bind((address, 0))
         listener.listen(1)
-        sender = threading.Thread(
-            target=_send_all, args=(client, listener.getsockname()[:2], payload), daemon=True
-        )
+        sender = threading.Thread(target=_send, args=(client, listener.getsockname(), payload), daemon=True)
         began = time.monotonic()
         sender.start()
-        count = 0
-        try:
-            server, _ = listener.accept()
-            with server:
-                server.settimeout(TRANSFER_SECONDS)
-                view = memoryview(received)
-                while count < len(payload) and (n := server.recv_into(view[count:])) > 0:
-                    count += n
-        except TimeoutError:
-            pass  # what came is what the hash will be of
+        received = _receive(listener, len(payload))
         seconds = time.monotonic() - began
-        client.close()
-        sender.join(TRANSFER_SECONDS)
+        with suppress(OSError):
+            client.shutdown(socket.SHUT_RDWR)  # ends a send that waits for a receiver that gave up
+        sender.join(STALL_SECONDS)
     same = hashlib.sha256(received).digest() == hashlib.sha256(payload).digest()
-    return Transfer(source.name, destination.name, address, count, seconds, same and count == len(payload))
+    return Transfer(source.name, destination.name, address, len(received), seconds, same)
 
 
 def udp_echo(source: Station, destination: Station, address: str, size: int, count: int) -> Echoes:
-    """`count` datagrams of `size` bytes, one after the other, echoed by the destination."""
+    """`count` datagrams of `size` bytes, one after the other, echoed by the destination. One that is lost
+    ends it: the others would take as long to fail."""
     family = family_of(address)
-    lost = []
     with (
         netns.open_socket(destination.namespace, family, socket.SOCK_DGRAM) as server,
         netns.open_socket(source.namespace, family, socket.SOCK_DGRAM) as client,
@@ -169,20 +160,33 @@ def udp_echo(source: Station, destination: Station, address: str, size: int, cou
                 server.sendto(question, asker)
                 answer = client.recv(size + 1)
             except OSError as error:
-                lost.append(f"{source.name} -> {destination.name} {address} #{number}: {error}")
-                continue
+                return Echoes(count, number, f"{source.name} -> {destination.name} {address}: {error}")
             if answer != payload:
-                lost.append(f"{source.name} -> {destination.name} {address} #{number}: came back changed")
-    return Echoes(count, count - len(lost), tuple(lost))
+                return Echoes(
+                    count, number, f"{source.name} -> {destination.name} {address}: came back changed"
+                )
+    return Echoes(count, count, None)
 
 
-def _send_all(client: socket.socket, address: tuple[str, int], payload: bytes) -> None:
-    try:
+def _send(client: socket.socket, address: tuple[Any, ...], payload: bytes) -> None:
+    with suppress(OSError):  # the receiver counts what is missing
+        client.settimeout(STALL_SECONDS)
         client.connect(address)
+        client.settimeout(None)  # a deadline would be one for the whole payload
         client.sendall(payload)
         client.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # the receiver counts what is missing
+
+
+def _receive(listener: socket.socket, size: int) -> memoryview:
+    """What came of `size` bytes before the sender ended or stalled."""
+    received, count = memoryview(bytearray(size)), 0
+    with suppress(OSError):
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(STALL_SECONDS)
+            while count < size and (n := server.recv_into(received[count:])) > 0:
+                count += n
+    return received[:count]
 
 
 def _open_icmp(namespace: Path, family: int) -> socket.socket:

@@ -6,7 +6,6 @@ import argparse
 import os
 import shlex
 import signal
-import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from forwarder.demo import lab as labs
 from forwarder.demo import report
 from forwarder.demo.checks import Checks, Outcome
 from forwarder.demo.lab import Lab, LabError
+
+TUN_DEVICE = Path("/dev/net/tun")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,9 +77,8 @@ def _demonstrate(outcome: Outcome, arguments: argparse.Namespace) -> None:
 def _require_privileges() -> None:
     if os.geteuid() != 0:
         raise LabError("network namespaces and TAP devices need root: run it again with sudo")
-    tun = Path("/dev/net/tun")
-    if not tun.exists() or not stat.S_ISCHR(tun.stat().st_mode):
-        raise LabError("there is no /dev/net/tun: load the tun module, or give this container the device")
+    if not TUN_DEVICE.is_char_device():
+        raise LabError(f"there is no {TUN_DEVICE}: load the tun module, or give this container the device")
 
 
 @contextmanager

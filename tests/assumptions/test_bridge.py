@@ -29,7 +29,7 @@ from tests.assumptions.kernel import (
 )
 from tests.packets import build
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("tun")]
 
 GATEWAY = {4: "10.71.1.1", 6: "fd71:0:0:1::1"}
 CLUSTER = {4: "10.71.0.0/16", 6: "fd71::/48"}

@@ -35,7 +35,7 @@ from tests.assumptions.kernel import (
 from tests.packets import build
 from tests.reference.checksum import transport_is_valid
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("tun")]
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"
 THERE_MAC = "02:00:00:00:00:02"
