@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,7 +45,8 @@ def _exchange(path: Path, line: bytes, deadline: float) -> bytes:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_left(deadline))
         connection.connect(str(path))
-        connection.sendall(line)
+        with suppress(BrokenPipeError):  # Who is refused unheard can still read why.
+            connection.sendall(line)
         received = bytearray()
         while not received.endswith(b"\n"):
             connection.settimeout(_left(deadline))
