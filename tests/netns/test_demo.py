@@ -18,7 +18,7 @@ import pytest
 from forwarder.demo import cli, lab, netns, session
 from forwarder.demo.checks import Check, Checks, Outcome
 from forwarder.demo.lab import netlink
-from tests.netns.conftest import MakeLab
+from tests.netns.labs import MakeLab
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 90

@@ -10,7 +10,6 @@ from forwarder.demo import netns
 from forwarder.demo.features import switch_off
 from forwarder.demo.lab import VNI, Host, Lab, Node, PeerRecord, link_index, netlink
 from forwarder.demo.probes import Station
-from tests.netns.conftest import MakeLab
 from tests.netns.foreign import (
     INNER_MTU,
     NO_CHECKSUM_OFFLOAD,
@@ -18,6 +17,7 @@ from tests.netns.foreign import (
     add_pod_behind,
     assert_they_talk,
 )
+from tests.netns.labs import MakeLab
 
 pytestmark = pytest.mark.root
 
