@@ -101,7 +101,8 @@ def ping(pairs: Iterable[tuple[Station, Station]], seconds: float = PING_SECONDS
                 if at not in sockets:
                     sockets[at] = stack.enter_context(_open_icmp(*at))
                     selector.register(sockets[at], selectors.EVENT_READ)
-                identifier, sequence = divmod(sent, 1 << 16)
+                # From 1: a reply of nothing but zeros is one whose checksum Linux gets wrong.
+                identifier, sequence = 1 + (sent >> 16), sent & 0xFFFF
                 sent += 1
                 what = f"{source.name} -> {destination.name} {address}"
                 when = time.monotonic()

@@ -18,7 +18,7 @@ import pytest
 from forwarder.demo import cli, lab, netns, session
 from forwarder.demo.checks import Check, Checks, Outcome
 from forwarder.demo.lab import netlink
-from tests.netns.labs import MakeLab
+from tests.netns.labs import new_lab
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 90
@@ -80,11 +80,13 @@ def links(namespace: Path) -> set[str]:
 @root
 @pytest.mark.parametrize("underlay", ["ipv4", "ipv6"])
 @pytest.mark.parametrize("encapsulation", ["geneve", "vxlan"])
-def test_every_check_holds(make_lab: MakeLab, encapsulation: str, underlay: str) -> None:
-    machine = make_lab().add_host("machine").namespace
-    before = links(machine)
-    with demo("--json", "--encap", encapsulation, "--underlay", underlay, machine=machine) as process:
-        output, errors = process.communicate(timeout=SECONDS)
+def test_every_check_holds(encapsulation: str, underlay: str) -> None:
+    with new_lab() as around:
+        machine = around.add_namespace("machine")
+        before = links(machine)
+        with demo("--json", "--encap", encapsulation, "--underlay", underlay, machine=machine) as process:
+            output, errors = process.communicate(timeout=SECONDS)
+        assert links(machine) == before
     assert process.returncode == 0, output + errors
     result = json.loads(output)
     assert result["ok"]
@@ -102,7 +104,6 @@ def test_every_check_holds(make_lab: MakeLab, encapsulation: str, underlay: str)
     # A demo in which nothing is wrong drops nothing of what pods send each other.
     assert set(result["drops"]) == {"n1", "n2"}
     assert all(set(reasons) <= {"frame_not_for_router"} for reasons in result["drops"].values())
-    assert links(machine) == before
     assert leftovers(f"demo-{process.pid:x}") == []
 
 
@@ -181,16 +182,16 @@ def test_a_demo_that_was_killed_can_be_removed() -> None:
 
 
 @root
-def test_a_dead_daemon_is_a_failed_check(make_lab: MakeLab) -> None:
+def test_a_dead_daemon_is_a_failed_check() -> None:
     """The demo can fail: a node whose daemon died loses the pings across nodes, and no others."""
-    made = make_lab()
     told: list[Check] = []
     outcome = Outcome(nodes=2, encapsulation="geneve", underlay="ipv4")
-    checks = Checks(made, outcome, told.append)
-    checks.start_nodes()
-    checks.attach_pods(2)
-    made.daemon(made.nodes[1]).kill()
-    checks.ping_pods()
+    with new_lab() as made:
+        checks = Checks(made, outcome, told.append)
+        checks.start_nodes()
+        checks.attach_pods(2)
+        made.daemon(made.nodes[1]).kill()
+        checks.ping_pods()
     assert [(check.name, check.ok) for check in told[2:]] == [
         ("ping across nodes", False),
         ("ping on one node", True),

@@ -16,9 +16,9 @@ from forwarder.demo.features import switch_off
 from forwarder.demo.lab import UNDERLAY, VNI, Host, Node, PeerRecord, link_index, netlink, popen
 from forwarder.demo.probes import Station, ping
 from tests.netns.foreign import INNER_MTU, NO_CHECKSUM_OFFLOAD, NODAD, add_pod_behind, assert_they_talk
-from tests.netns.labs import MakeLab
+from tests.netns.labs import new_lab
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("tun")]
 
 SCHEMA = Path("/usr/share/openvswitch/vswitch.ovsschema")
 PROGRAMS = ("ovsdb-tool", "ovsdb-server", "ovs-vswitchd", "ovs-vsctl", "ovs-ofctl")
@@ -89,39 +89,39 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.parametrize("underlay", ["ipv4", "ipv6"])
-def test_open_vswitch_geneve(make_lab: MakeLab, underlay: str) -> None:
+def test_open_vswitch_geneve(underlay: str) -> None:
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing or not SCHEMA.exists():
         pytest.skip(
             f"Debian package openvswitch-switch is absent ({', '.join(missing)}): "
             "Geneve with Open vSwitch is NOT tested in this run"
         )
-    lab = make_lab("geneve", underlay)
-    node, host = lab.add_node(), lab.add_host("ovs")
-    theirs = add_pod_behind(lab, host, INNER_MTU[underlay])
-    # Open vSwitch 3.1 reads frames from packet sockets and takes their checksums for finished. A veth's
-    # are not, and may be superframes: so both devices that feed it send as a card would.
-    switch_off(theirs.namespace, "eth0", *NO_CHECKSUM_OFFLOAD)
-    switch_off(node.namespace, "eth0", *NO_CHECKSUM_OFFLOAD)
+    with new_lab("geneve", underlay) as lab:
+        node, host = lab.add_node(), lab.add_host("ovs")
+        theirs = add_pod_behind(lab, host, INNER_MTU[underlay])
+        # Open vSwitch 3.1 reads frames from packet sockets and takes their checksums for finished. A veth's
+        # are not, and may be superframes: so both devices that feed it send as a card would.
+        switch_off(theirs.namespace, "eth0", *NO_CHECKSUM_OFFLOAD)
+        switch_off(node.namespace, "eth0", *NO_CHECKSUM_OFFLOAD)
 
-    switch = OpenVSwitch(host.namespace, lab.directory / "ovs")
-    with switch.running():
-        give_underlay_to_switch(switch, host)
-        add_tunnel(switch, node, host, theirs, underlay)
-        lab.add_foreign_peer(
-            PeerRecord(
-                id="ovs",
-                endpoints=(host.underlay[underlay],),
-                encapsulation="geneve",
-                router_mac=ROUTER_MAC,
-                prefixes=tuple(str(prefix) for prefix in host.prefixes),
+        switch = OpenVSwitch(host.namespace, lab.directory / "ovs")
+        with switch.running():
+            give_underlay_to_switch(switch, host)
+            add_tunnel(switch, node, host, theirs, underlay)
+            lab.add_foreign_peer(
+                PeerRecord(
+                    id="ovs",
+                    endpoints=(host.underlay[underlay],),
+                    encapsulation="geneve",
+                    router_mac=ROUTER_MAC,
+                    prefixes=tuple(str(prefix) for prefix in host.prefixes),
+                )
             )
-        )
-        lab.start()
-        pod = lab.add_pod(node, "p1")
-        ours = Station(pod.name, pod.namespace, pod.ips)
-        wait_for_neighbour(ours, theirs)
-        assert_they_talk(lab, node, ours, theirs)
+            lab.start()
+            pod = lab.add_pod(node, "p1")
+            ours = Station(pod.name, pod.namespace, pod.ips)
+            wait_for_neighbour(ours, theirs)
+            assert_they_talk(lab, node, ours, theirs)
 
 
 def give_underlay_to_switch(switch: OpenVSwitch, host: Host) -> None:

@@ -17,9 +17,9 @@ from tests.netns.foreign import (
     add_pod_behind,
     assert_they_talk,
 )
-from tests.netns.labs import MakeLab
+from tests.netns.labs import new_lab
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("tun")]
 
 VXLAN_MAC = "02:76:78:00:00:01"
 VIRTUAL_ROUTER = {4: "169.254.71.1", 6: "fe80::706f:646c"}
@@ -28,35 +28,35 @@ NUD_PERMANENT, NTF_SELF = 0x80, 0x02
 
 
 @pytest.mark.parametrize("underlay", ["ipv4", "ipv6"])
-def test_kernel_vxlan(make_lab: MakeLab, underlay: str) -> None:
+def test_kernel_vxlan(underlay: str) -> None:
     """The kernel sends VXLAN without an outer checksum over IPv4 and with one over IPv6. Our node's own
     encapsulation is Geneve: what is sent to a peer is the peer's property."""
-    lab = make_lab("geneve", underlay)
-    node, kernel = lab.add_node(), lab.add_host("kernel")
-    # Across a veth the kernel's VXLAN hands a plain socket TCP superframes whole and never finishes inner
-    # checksums: it takes the veth for a card that will (tests/assumptions/test_vxlan.py). Until our decap
-    # knows such frames, this peer sends as it would through a card.
-    switch_off(
-        kernel.namespace,
-        "eth0",
-        "tx-udp_tnl-segmentation",
-        "tx-udp_tnl-csum-segmentation",
-        *NO_CHECKSUM_OFFLOAD,
-    )
-    add_vxlan(kernel, node, underlay)
-    theirs = add_routed_pod(lab, kernel, INNER_MTU[underlay])
-    lab.add_foreign_peer(
-        PeerRecord(
-            id="kernel",
-            endpoints=(kernel.underlay[underlay],),
-            encapsulation="vxlan",
-            router_mac=VXLAN_MAC,
-            prefixes=tuple(str(prefix) for prefix in kernel.prefixes),
+    with new_lab("geneve", underlay) as lab:
+        node, kernel = lab.add_node(), lab.add_host("kernel")
+        # Across a veth the kernel's VXLAN hands a plain socket TCP superframes whole and never finishes inner
+        # checksums: it takes the veth for a card that will (tests/assumptions/test_vxlan.py). Until our decap
+        # knows such frames, this peer sends as it would through a card.
+        switch_off(
+            kernel.namespace,
+            "eth0",
+            "tx-udp_tnl-segmentation",
+            "tx-udp_tnl-csum-segmentation",
+            *NO_CHECKSUM_OFFLOAD,
         )
-    )
-    lab.start()
-    pod = lab.add_pod(node, "p1")
-    assert_they_talk(lab, node, Station(pod.name, pod.namespace, pod.ips), theirs)
+        add_vxlan(kernel, node, underlay)
+        theirs = add_routed_pod(lab, kernel, INNER_MTU[underlay])
+        lab.add_foreign_peer(
+            PeerRecord(
+                id="kernel",
+                endpoints=(kernel.underlay[underlay],),
+                encapsulation="vxlan",
+                router_mac=VXLAN_MAC,
+                prefixes=tuple(str(prefix) for prefix in kernel.prefixes),
+            )
+        )
+        lab.start()
+        pod = lab.add_pod(node, "p1")
+        assert_they_talk(lab, node, Station(pod.name, pod.namespace, pod.ips), theirs)
 
 
 def add_vxlan(kernel: Host, node: Node, underlay: str) -> None:
