@@ -40,6 +40,7 @@ from forwarder.reconcile import (
     RemoveRoute,
     Route,
     SetLink,
+    SetUp,
     Wiring,
     WriteSysctl,
     is_ours,
@@ -151,9 +152,11 @@ def ensure(wiring: Wiring) -> list[Operation]:
                     _perform(netlink, operation)
                 except NetlinkError as error:
                     if not (isinstance(operation, Removal) and error.code in GONE):
-                        raise LinkError(f"{operation}: {os.strerror(error.code)}") from error
+                        raise LinkError(f"cannot {operation}: {os.strerror(error.code)}") from error
+                except OSError as error:  # A sysctl of a host or container that lets nobody write it.
+                    raise LinkError(f"cannot {operation}: {error.strerror}; set it on the host") from error
             done += operations
-    raise LinkError(f"the kernel does not keep what is set; something else undoes it: {done[-1]}")
+    raise LinkError(f"the kernel does not keep what is set, something undoes it: {done[-1]}")
 
 
 def remove(wiring: Wiring) -> None:
@@ -300,8 +303,10 @@ def _perform(netlink: Any, operation: Operation) -> None:
             netlink.link("add", ifname=name, kind="bridge", address=link.mac, **link.settings)
         case SetLink(name, link, current):
             _set_link(netlink, name, link, current)
+        case SetUp(name):
+            netlink.link("set", index=_index(netlink, name), state="up")
         case WriteSysctl(path, value):
-            _write_sysctl(path, value)
+            (SYSCTL_ROOT / path).write_text(value)
         case RemoveAddress(name, address):
             netlink.addr("del", index=_index(netlink, name), **_address(address))
         case AddAddress(name, address):
@@ -334,28 +339,12 @@ def _set_link(netlink: Any, name: str, link: Link, current: Link | None) -> None
         netlink.link("set", index=index, master=_index(netlink, link.master))
     if link.port:
         netlink.brport("set", index=index, **link.port)
-    if link.settings:
-        netlink.link("set", index=index, kind=link.kind, **link.settings)
-    wanted_values = {
-        "ifalias": link.alias,
-        "mtu": link.mtu_bytes,
-        "address": link.mac,
-        "txqlen": link.queue_frames,
-        "state": "up" if link.up else "down",
-    }
-    netlink.link(
-        "set", index=index, **{key: value for key, value in wanted_values.items() if value is not None}
-    )
-
-
-def _write_sysctl(path: str, value: str) -> None:
-    try:
-        (SYSCTL_ROOT / path).write_text(value)
-    except OSError as error:
-        name = path.replace("/", ".")
-        raise LinkError(
-            f"cannot set sysctl {name} = {value}: {error.strerror}; set it on the host"
-        ) from error
+    for setting, value in link.settings.items():
+        # One at a time: what one allows depends on the one before.
+        if current is None or current.settings.get(setting) != value:
+            netlink.link("set", index=index, kind=link.kind, **{setting: value})
+    values = {"ifalias": link.alias, "mtu": link.mtu_bytes, "address": link.mac, "txqlen": link.queue_frames}
+    netlink.link("set", index=index, **{key: value for key, value in values.items() if value is not None})
 
 
 def _address(address: Interface) -> dict[str, Any]:

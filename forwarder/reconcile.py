@@ -27,7 +27,7 @@ Interface: TypeAlias = IPv4Interface | IPv6Interface
 @dataclass(frozen=True, slots=True)
 class Link:
     """`settings` are of the link itself, `port` of the link as a bridge's port; names are netlink's.
-    Of a wanted link only the settings named here matter."""
+    Of a wanted link only the settings named matter, and those are set in their order."""
 
     kind: str
     alias: str
@@ -176,14 +176,28 @@ class CreateBridge:
     name: str
     link: Link
 
+    def __str__(self) -> str:
+        return f"create bridge {self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class SetLink:
-    """`current` is what is installed; only what differs from it need be set."""
+    """Everything of the link but whether it is up; only what differs from `current` need be set."""
 
     name: str
     link: Link
     current: Link | None
+
+    def __str__(self) -> str:
+        return f"configure link {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetUp:
+    name: str
+
+    def __str__(self) -> str:
+        return f"bring up link {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,17 +205,26 @@ class WriteSysctl:
     path: str
     value: str
 
+    def __str__(self) -> str:
+        return f"set sysctl {self.path.replace('/', '.')} = {self.value}"
+
 
 @dataclass(frozen=True, slots=True)
 class RemoveAddress:
     link: str
     address: Interface
 
+    def __str__(self) -> str:
+        return f"remove address {self.address} from {self.link}"
+
 
 @dataclass(frozen=True, slots=True)
 class AddAddress:
     link: str
     address: Interface
+
+    def __str__(self) -> str:
+        return f"add address {self.address} to {self.link}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,26 +233,39 @@ class PutNeighbour:
     address: Address
     mac: str
 
+    def __str__(self) -> str:
+        return f"set neighbour {self.address} of {self.link} to {self.mac}"
+
 
 @dataclass(frozen=True, slots=True)
 class PutFdb:
     link: str
     mac: str
 
+    def __str__(self) -> str:
+        return f"set forwarding entry {self.mac} to {self.link}"
+
 
 @dataclass(frozen=True, slots=True)
 class RemoveRoute:
     route: Route
+
+    def __str__(self) -> str:
+        return f"remove route {self.route.destination} from {self.route.link}"
 
 
 @dataclass(frozen=True, slots=True)
 class PutRoute:
     route: Route
 
+    def __str__(self) -> str:
+        return f"set route {self.route.destination} to {self.route.link}"
+
 
 Operation: TypeAlias = (
     CreateBridge
     | SetLink
+    | SetUp
     | WriteSysctl
     | RemoveAddress
     | AddAddress
@@ -261,12 +297,10 @@ def reconcile(wanted: KernelState, installed: KernelState) -> tuple[Operation, .
         raise ForeignError("; ".join(foreign))
     return (
         *_create_links(wanted, installed),
-        *(
-            WriteSysctl(path, value)
-            for path, value in wanted.sysctls.items()
-            if installed.sysctls.get(path) != value
-        ),
+        # A link's sysctls exist only while its MTU suits IPv6, and count from the moment it is up.
         *_set_links(wanted, installed),
+        *_write_sysctls(wanted, installed),
+        *_bring_up(wanted, installed),
         *(RemoveRoute(route) for route in _stale_routes(wanted, installed)),
         *_addresses(wanted, installed),
         *_entries(wanted, installed),
@@ -309,10 +343,22 @@ def _set_links(wanted: KernelState, installed: KernelState) -> Iterator[Operatio
             yield SetLink(name, link, current)
 
 
+def _write_sysctls(wanted: KernelState, installed: KernelState) -> Iterator[Operation]:
+    for path, value in wanted.sysctls.items():
+        if installed.sysctls.get(path) != value:
+            yield WriteSysctl(path, value)
+
+
+def _bring_up(wanted: KernelState, installed: KernelState) -> Iterator[Operation]:
+    for name, link in wanted.links.items():
+        current = installed.links.get(name)
+        if link.up and (current is None or not current.up):
+            yield SetUp(name)
+
+
 def _satisfies(current: Link, link: Link) -> bool:
     return (
-        (current.alias, current.mtu_bytes, current.up, current.master)
-        == (link.alias, link.mtu_bytes, link.up, link.master)
+        (current.alias, current.mtu_bytes, current.master) == (link.alias, link.mtu_bytes, link.master)
         and link.mac in (None, current.mac)
         and link.queue_frames in (None, current.queue_frames)
         and link.settings.items() <= current.settings.items()

@@ -60,7 +60,7 @@ def run(*arguments: str) -> tuple[int, Any, str]:
 
 def leftovers(name: str) -> list[str]:
     """What is still there of a demo: namespaces, files, processes."""
-    directory = str(lab.DIRECTORY / name)
+    directory = str(lab.directory_of(name))
     found = netns.names(f"{name}-")
     found += [directory] if Path(directory).exists() else []
     for process in Path("/proc").glob("[0-9]*"):
@@ -157,7 +157,7 @@ def test_a_kept_demo_runs_until_it_is_removed() -> None:
     name = result["kept_as"]
     try:
         assert (status, result["ok"]) == (0, True)
-        config_file = lab.DIRECTORY / name / "n1" / "podloom.toml"
+        config_file = lab.directory_of(name) / "n1" / "podloom.toml"
         assert podloom("status", "-c", str(config_file), "--json").returncode == 0
     finally:
         removed = podloom("demo", "--remove", name)
@@ -166,7 +166,7 @@ def test_a_kept_demo_runs_until_it_is_removed() -> None:
 
     again = podloom("demo", "--remove", name)
     assert again.returncode == 1
-    assert again.stderr.startswith(f"podloom demo: no demo named '{name}' is there")
+    assert again.stderr.startswith(f"podloom demo: there is no demo named '{name}'")
 
 
 @root

@@ -23,6 +23,7 @@ from forwarder.reconcile import (
     RemoveRoute,
     Route,
     SetLink,
+    SetUp,
     Wiring,
     WriteSysctl,
     reconcile,
@@ -60,7 +61,9 @@ def perform(state: KernelState, operations: Iterable[Operation]) -> KernelState:
                 links[name] = replace(link, alias="", up=False)
             case SetLink(name, link, _):
                 assert link.master is None or link.master in links
-                links[name] = replace(link, mac=link.mac or links[name].mac)
+                links[name] = replace(link, mac=link.mac or links[name].mac, up=links[name].up)
+            case SetUp(name):
+                links[name] = replace(links[name], up=True)
             case WriteSysctl(path, value):
                 parts = path.split("/")
                 assert parts[2] != "conf" or parts[3] in ("all", *links), f"no link for {path}"
@@ -165,7 +168,7 @@ STRAY = ip_interface("10.9.9.9/24")
         ),
         (
             replace(SETTLED, links={**SETTLED.links, "loom0": replace(LOOM0, up=False)}),
-            [SetLink("loom0", WANTED.links["loom0"], replace(LOOM0, up=False))],
+            [SetUp("loom0")],
         ),
         (
             replace(SETTLED, links={**SETTLED.links, "loom-tap": replace(TAP, master=None)}),
