@@ -148,7 +148,8 @@ class Checks:
     def _ping(self, name: str, pairs: Iterable[tuple[Pod | Node, Pod | Node]]) -> None:
         pings = ping((_station(source), _station(destination)) for source, destination in pairs)
         self._outcome.pings.append(pings)
-        detail = f"{pings.received} of {pings.sent} came back, median {pings.median_seconds * 1e3:.2f} ms"
+        detail = f"{pings.received} of {pings.sent} sent at once came back"
+        detail += f", median {pings.median_seconds * 1e3:.2f} ms"
         if pings.lost:
             detail += f"; lost: {', '.join(pings.lost[:5])}"
             detail += f" and {len(pings.lost) - 5} more" if len(pings.lost) > 5 else ""

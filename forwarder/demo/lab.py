@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -28,7 +29,7 @@ from pyroute2 import IPRoute, NetlinkError
 
 from forwarder.demo import netns
 
-DIRECTORY = Path("/run/podloom-demo")  # short: a unix socket's path has 107 bytes at most
+_RUN = Path("/run")  # short: a unix socket's path has 107 bytes at most
 
 UNDERLAY: dict[str, IPv4Network | IPv6Network] = {
     "ipv4": IPv4Network("192.0.2.0/24"),
@@ -127,7 +128,7 @@ class Lab:
 
     def __init__(self, name: str, *, encapsulation: str = "geneve", underlay: str = "ipv4", mtu: int = 1500):
         self.name = name
-        self.directory = DIRECTORY / name
+        self.directory = directory_of(name)
         self.nodes: list[Node] = []
         self.pods: list[Pod] = []
         self._encapsulation = encapsulation
@@ -148,9 +149,12 @@ class Lab:
         return self
 
     def _build_wire(self) -> None:
-        DIRECTORY.mkdir(mode=0o700, exist_ok=True)
-        self._undo.callback(_remove_directory, self.directory)
-        self.directory.mkdir(mode=0o700)
+        with deferred_interrupts():
+            try:
+                self.directory.mkdir(mode=0o700)
+            except FileExistsError as error:
+                raise LabError(f"{self.directory} is there already: another lab has this name") from error
+            self._undo.callback(shutil.rmtree, self.directory)
         self._undo.callback(self._delete_namespaces)
         self.wire = self.add_namespace("wire")
         with netlink(self.wire) as ip:
@@ -339,30 +343,35 @@ class Lab:
                 daemon.wait()
 
 
-def remove(name: str) -> None:
-    """End a lab that was kept, or whose process was killed. LabError if there is none of that name."""
-    directory = DIRECTORY / name
-    namespaces = netns.names(f"{name}-")
-    if not namespaces and not directory.is_dir():
-        known = ", ".join(kept()) or "none"
-        raise LabError(f"no demo named {name!r} is there; those there are: {known}")
-    pids = [pid for path in directory.glob("*/pid") if (pid := _daemon_pid(path, namespaces)) is not None]
-    for pid in pids:
-        os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
-    for pid in pids:
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    for namespace in namespaces:
-        netns.delete(namespace)
-    _remove_directory(directory)
+def directory_of(name: str) -> Path:
+    """Where a lab of this name has its files."""
+    return _RUN / f"podloom-{name}"
 
 
 def kept() -> list[str]:
     """The names of the labs that are there."""
-    return sorted(path.name for path in DIRECTORY.iterdir()) if DIRECTORY.is_dir() else []
+    return sorted(path.name.removeprefix("podloom-") for path in _RUN.glob("podloom-*") if path.is_dir())
+
+
+def remove(name: str) -> None:
+    """End a lab that was kept, or whose process was killed. LabError if there is none of that name."""
+    if name not in kept():
+        raise LabError(f"there is no demo named {name!r}; there are: {', '.join(kept()) or 'none'}")
+    directory, namespaces = directory_of(name), netns.names(f"{name}-")
+    with ExitStack() as stack:
+        daemons = [_open_daemon(path, namespaces) for path in directory.glob("*/pid")]
+        running = [daemon for daemon in daemons if daemon is not None]
+        for daemon in running:
+            stack.callback(os.close, daemon)
+            signal.pidfd_send_signal(daemon, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        for daemon in running:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([daemon], [], [], left)[0]:
+                signal.pidfd_send_signal(daemon, signal.SIGKILL)
+    for namespace in namespaces:
+        netns.delete(namespace)
+    shutil.rmtree(directory)
 
 
 @contextmanager
@@ -432,21 +441,19 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _daemon_pid(path: Path, namespaces: Iterable[str]) -> int | None:
-    """The daemon's pid, if the process of that number is still the one we started: in our namespaces."""
+def _open_daemon(path: Path, namespaces: Iterable[str]) -> int | None:
+    """A pidfd, if the process of that number is still the one we started: it is in our namespaces."""
     try:
         pid = int(path.read_text())
-        inode = Path(f"/proc/{pid}/ns/net").stat().st_ino
-    except (ValueError, FileNotFoundError, ProcessLookupError):
+        daemon = os.pidfd_open(pid)
+    except (ValueError, ProcessLookupError):
         return None
     ours = {(netns.DIRECTORY / name).stat().st_ino for name in namespaces}
-    return pid if inode in ours else None
-
-
-def _remove_directory(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    with suppress(OSError):  # another lab is there
-        directory.parent.rmdir()
+    with suppress(FileNotFoundError):
+        if Path(f"/proc/{pid}/ns/net").stat().st_ino in ours:
+            return daemon
+    os.close(daemon)
+    return None
 
 
 def _last_lines(path: Path, count: int = 8) -> str:

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     report.print_tables(outcome)
     if (name := outcome.kept_as) is not None:
         namespace = f"{name}-{outcome.pods[0].name}" if outcome.pods else f"{name}-wire"
-        config_file = labs.DIRECTORY / name / "n1" / "podloom.toml"
+        config_file = labs.directory_of(name) / "n1" / "podloom.toml"
         report.print_how_to_look(_own_command(), name, str(config_file), namespace)
     return 0 if outcome.ok else 1
 

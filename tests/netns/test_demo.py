@@ -196,7 +196,7 @@ def test_a_dead_daemon_is_a_failed_check() -> None:
         ("ping across nodes", False),
         ("ping on one node", True),
     ]
-    assert told[2].detail.startswith("0 of 16 came back")
+    assert told[2].detail.startswith("0 of 16 sent at once came back")
     assert not outcome.ok
 
 
