@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,10 +134,18 @@ class Node:
             self.process.kill()
             self.process.wait(STOP_SECONDS)
 
+    @property
+    def control_socket(self) -> Path:
+        return self.directory / "run" / "control.sock"
+
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`podloom WORDS -c OUR FILE` in the namespace."""
+        return self.python("-m", "forwarder", *words, "-c", str(self.config_file))
+
+    def python(self, *words: str, under: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """`python WORDS` in the namespace, by way of the command `under` if there is one."""
         return subprocess.run(
-            self.namespace.command([sys.executable, "-m", "forwarder", *words, "-c", str(self.config_file)]),
+            self.namespace.command([*under, sys.executable, *words]),
             capture_output=True,
             text=True,
             check=False,
@@ -146,6 +154,7 @@ class Node:
         )
 
     def ask(self, verb: str) -> Any:
-        done = self.run(verb, "--json")
+        """What the daemon says, whatever the configuration file has become."""
+        done = self.python("-m", "forwarder", verb, "--json", "--socket", str(self.control_socket))
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
