@@ -31,7 +31,9 @@ LAYERS = {
     "offload": LEAVES | {"wire"},
     "table": LEAVES | {"wire"},
     "kernel": LEAVES,
-    "pump": LEAVES | {"wire", "offload", "table", "kernel"},
+    "sender": LEAVES | {"wire", "offload", "table", "kernel"},
+    "writer": LEAVES | {"wire", "offload", "table", "kernel"},
+    "pump": LEAVES | {"wire", "offload", "table", "kernel", "sender", "writer"},
 }
 
 # What reaches a socket, a file, another process or a clock.

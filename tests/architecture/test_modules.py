@@ -35,7 +35,15 @@ def test_extensions_are_loaded_compiled(name: str) -> None:
     assert not (ROOT / name.replace(".", "/")).with_suffix(".py").exists(), "no pure-Python fallback"
 
 
-@pytest.mark.parametrize("name", extensions())
+def stubs() -> list[str]:
+    return sorted(module_name(path) for path in (ROOT / "fastpath").rglob("*.pyi"))
+
+
+def test_every_stub_is_an_extensions() -> None:
+    assert set(stubs()) <= set(extensions())
+
+
+@pytest.mark.parametrize("name", stubs())
 def test_stubs_name_what_is_there(name: str) -> None:
     stub = (ROOT / name.replace(".", "/")).with_suffix(".pyi")
     module = importlib.import_module(name)

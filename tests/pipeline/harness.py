@@ -64,6 +64,7 @@ class Node:
     family: int
     vnet_header_size: int = VNET_HEADER_SIZE
     vxlan_reserved_bits: str = "strict"
+    mtu: int = 65_535
     senders: int = 4
     gro: bool = True
     sockets: list[int] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Node:
             prefixes=self.prefixes,
             peers=self.peers,
             vxlan_reserved_bits=self.vxlan_reserved_bits,
+            mtu=self.mtu,
         )
         for encapsulation in ENCAPSULATIONS:
             self.receivers[encapsulation] = self._own(open_receiver(self.address, 0, gro=self.gro))

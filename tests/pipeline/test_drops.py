@@ -192,6 +192,7 @@ def from_peer(packet: bytes, **options: int | bytes) -> bytes:
 
 
 DECAP_CASES = [
+    DecapCase("the VNI one bit off", DropReason.VNI_UNKNOWN, from_peer(IN4), vni=VNI ^ 1),
     DecapCase("the next VNI", DropReason.VNI_UNKNOWN, from_peer(IN4), vni=VNI + 1),
     DecapCase("VNI 0", DropReason.VNI_UNKNOWN, from_peer(IN4), vni=0),
     DecapCase("the largest VNI", DropReason.VNI_UNKNOWN, from_peer(IN4), vni=0xFFFFFF),
@@ -444,7 +445,16 @@ def tap_is_gone(node: Node, wire: Wire, opened: ExitStack) -> None:
     node.decap("geneve")
 
 
+def neither_finished_nor_partial(node: Node, wire: Wire, opened: ExitStack) -> None:
+    """A superframe goes to the TAP as one, its checksum vouched for: a wrong one must not be laundered."""
+    node.add_peer(1, 2, wire.port)
+    packet = build.tcp(pod(2, 4), pod(1, 4), bytes(4_000))
+    wire.send(a_good_datagram(packet[:-1] + b"X"), node.address, node.port("geneve"))
+    node.decap("geneve")
+
+
 STAGED = [
+    ("decap", DropReason.INNER_CHECKSUM, neither_finished_nor_partial),
     ("decap", DropReason.UNKNOWN_PEER, unknown_peer),
     ("decap", DropReason.OUTER_OVERSIZE, outer_oversize),
     ("decap", DropReason.TAP_FULL, tap_is_full),
@@ -469,7 +479,7 @@ def test_staged(
     reason: DropReason,
     stage: Callable[[Node, Wire, ExitStack], None],
 ) -> None:
-    node, wire = make_node(1, 4), make_wire(wire_address(2, 4))
+    node, wire = make_node(1, 4, mtu=POD_MTU), make_wire(wire_address(2, 4))
     stage(node, wire, opened)
     assert node.dropped(direction) == {reason.name.lower(): 1}
     assert (node.received(direction), node.forwarded(direction)) == (1, 0)
@@ -519,6 +529,17 @@ def test_a_full_socket_counts_each_datagram_of_its_run(
     assert node.pump.encap() == 50
     assert node.dropped("encap") == {"udp_full": 50}
     node.assert_counters_close()
+
+
+def test_a_train_from_a_stranger_counts_each_of_its_datagrams(
+    make_node: MakeNode, make_wire: MakeWire, encapsulation: str
+) -> None:
+    node, stranger = make_node(1, 4), make_wire(wire_address(9, 4))
+    segment = [(socket.IPPROTO_UDP, 103, (100).to_bytes(2, "little"))]  # UDP_SEGMENT
+    stranger.socket.sendmsg([bytes(1_250)], segment, 0, (node.address, node.port(encapsulation)))
+    node.decap(encapsulation, 13)
+    assert node.dropped("decap") == {"unknown_peer": 13}
+    assert node.received("decap") == 13
 
 
 def test_one_bad_peer_does_not_lose_the_others_datagrams(make_node: MakeNode, make_wire: MakeWire) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from threading import Thread
 
 import pytest
 
@@ -12,7 +13,18 @@ from fastpath.drops import DropReason
 from fastpath.pump import Pump
 from fastpath.table import PeerTable, PrefixTable
 from tests.packets import build
-from tests.pipeline.harness import POD_MTU, VNI, Node, Wire, gateway_mac, join, pod, router_mac, wait_readable
+from tests.pipeline.harness import (
+    DEADLINE_SECONDS,
+    POD_MTU,
+    VNI,
+    Node,
+    Wire,
+    gateway_mac,
+    join,
+    pod,
+    router_mac,
+    wait_readable,
+)
 from tests.reference import ecn as ecn_oracle
 from tests.reference import journeys
 from tests.reference.checksum import ipv4_header_is_valid, transport_is_valid
@@ -133,6 +145,29 @@ class TestAcross:
         _carry(one, other, encapsulation, packets)
         assert other.pods_get() == [delivered(packet, 2) for packet in packets]
         assert one.forwarded("encap") == other.forwarded("decap") == len(packets)
+
+    def test_more_frames_in_one_call_than_any_batch_holds(
+        self, make_node: MakeNode, encapsulation: str, inner: int
+    ) -> None:
+        frames = 1_500
+        one, other = make_node(1, 4, senders=1), make_node(2, 4)
+        join(one, other, encapsulation)
+        one.pump_tap.setblocking(True)  # then one call waits for all its frames, however few the pair holds
+        one.tap.setblocking(True)
+        template = build.udp(pod(1, inner), pod(2, inner), b"...")
+        packets = [template[:-2] + at.to_bytes(2, "big") for at in range(frames)]
+        reader = Thread(target=one.pump.encap, args=(frames,))
+        reader.start()
+        for packet in packets:
+            one.pods_send(one.frame(packet))
+        reader.join(DEADLINE_SECONDS)
+        got: list[bytes] = []
+        while len(got) < frames:
+            wait_readable(other.receivers[encapsulation])
+            other.pump.decap(other.receivers[encapsulation], 1)
+            got += other.pods_get()
+        assert got == [delivered(packet, 2) for packet in packets]
+        assert one.forwarded("encap") == frames
 
     def test_flows_to_many_pods_mixed(self, two: tuple[Node, Node], encapsulation: str) -> None:
         one, other = two
