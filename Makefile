@@ -11,7 +11,7 @@ export PATH
 APT_RUN  := gcc libc6-dev linux-libc-dev python3-dev python3-venv
 APT_TEST := ethtool git iproute2 iputils-ping openvswitch-switch strace tcpdump tshark
 
-SOURCES := setup.py pyproject.toml $(wildcard fastpath/*.p[yx]* fastpath/*/*.p[yx]*)
+SOURCES := setup.py pyproject.toml $(wildcard fastpath/*.p[yx]* fastpath/*/*.p[yx]* fastpath/*/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-slow lint bench lock clean

@@ -20,9 +20,13 @@ EXTENSIONS = [
     "fastpath.wire.classify",
     "fastpath.offload.virtio",
     "fastpath.offload.plan",
+    "fastpath.offload.segment",
+    "fastpath.offload.coalesce",
     "fastpath.table",
     "fastpath.kernel.tap",
     "fastpath.kernel.udp",
+    "fastpath.sender",
+    "fastpath.writer",
     "fastpath.pump",
 ]
 

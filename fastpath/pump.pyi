@@ -15,9 +15,12 @@ class Pump:
         prefixes: PrefixTable,
         peers: PeerTable,
         vxlan_reserved_bits: str = "strict",
+        mtu: int = 65535,
     ) -> None:
         """`router_mac` is the virtual router's: what frames to the wire are addressed to and what
-        peers address us by. `gateway_mac` is the bridge's own, which decapsulated frames go to."""
+        peers address us by. `gateway_mac` is the bridge's own, which decapsulated frames go to.
+        `mtu` is the pods': a longer inner packet is a superframe that a peer's kernel did not cut, and
+        goes on as one if it is TCP, else it is TOO_BIG."""
     def add_receiver(self, fd: int, encapsulation: str) -> None:
         """A bound, non-blocking UDP socket whose datagrams are "geneve" or "vxlan"."""
     def add_sender(self, fd: int, family: int) -> None:
@@ -27,6 +30,12 @@ class Pump:
         """Read up to `budget` frames from the TAP and send them; how many were read."""
     def decap(self, fd: int, budget: int = ...) -> int:
         """Receive up to `budget` datagrams from one receiver and deliver them; how many were received."""
+    @property
+    def offloads(self) -> dict[str, bool]:
+        """{name: on} of what the pump can do without: udp_segment, merge_tcp, merge_udp. One that was
+        on and is off was refused by the kernel."""
+    def set_offload(self, name: str, on: bool) -> None:
+        """ValueError if there is no such offload."""
     def counters(self) -> dict[str, dict[str, int]]:
         """{"encap": {...}, "decap": {...}}: frames/datagrams seen, packets delivered, bytes, drops by name.
 

@@ -1,7 +1,6 @@
 """encap (TAP to UDP) and decap (UDP to TAP): the two journeys, bounded by a budget, without the GIL."""
 
 import os
-import socket
 
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
@@ -14,35 +13,17 @@ from fastpath.drops cimport (
     DROP_INNER_SOURCE,
     DROP_NO_ROUTE,
     DROP_OUTER_OVERSIZE,
-    DROP_TAP_ERROR,
-    DROP_TAP_FULL,
     DROP_TOO_BIG,
-    DROP_UDP_ERROR,
-    DROP_UDP_FULL,
     DROP_UNKNOWN_PEER,
-    DROP_VIRTIO_HEADER,
     DROP_VNI_UNKNOWN,
     count_drop,
     drops_by_name,
 )
-from fastpath.kernel.tap cimport tap_read, tap_write
-from fastpath.kernel.udp cimport (
-    RECEIVE_STRIDE,
-    receive_batch,
-    received,
-    send_batch,
-    send_describe,
-)
-from fastpath.linux cimport (
-    AF_INET,
-    EAGAIN,
-    EINTR,
-    EINVAL,
-    EIO,
-    EMSGSIZE,
-    ENOBUFS,
-)
-from fastpath.offload.plan cimport RUN_MAX_SEGMENTS, run_accepts, run_begin, run_extend
+from fastpath.kernel.tap cimport tap_read
+from fastpath.kernel.udp cimport RECEIVE_STRIDE, receive_batch, received
+from fastpath.linux cimport AF_INET, EAGAIN, EINTR
+from fastpath.offload.plan cimport RUN_MAX_SEGMENTS
+from fastpath.offload.segment cimport Superframe, segment_open
 from fastpath.offload.virtio cimport (
     VIRTIO_GSO_NONE,
     VIRTIO_HEADER,
@@ -50,24 +31,12 @@ from fastpath.offload.virtio cimport (
     virtio_complete_checksum,
     virtio_decode,
 )
-from fastpath.table cimport GENEVE, LOCAL, NO_SLOT, VXLAN, Peer
-from fastpath.wire.byteorder cimport store16
+from fastpath.table cimport GENEVE, LOCAL, NO_SLOT, VXLAN, Peer, peer_at
 from fastpath.wire.classify cimport Frame, classify_frame, flow_hash
-from fastpath.wire.ethernet cimport ETHERNET_HEADER, ETHERTYPE_IPV4, ETHERTYPE_IPV6
+from fastpath.wire.ethernet cimport ETHERNET_HEADER
 from fastpath.wire.geneve cimport geneve_decode
 from fastpath.wire.ip cimport ECN_MASK, ecn_combine, ipv4_set_ecn, ipv6_set_ecn
 from fastpath.wire.vxlan cimport vxlan_decode
-
-# Both encapsulations begin with eight bytes: Geneve as we send it has no options.
-cdef enum:
-    TUNNEL_HEADER = 8
-
-
-cdef inline iovec piece(void *base, size_t length) noexcept nogil:
-    cdef iovec made
-    made.iov_base = base
-    made.iov_len = length
-    return made
 
 
 cdef class Pump:
@@ -75,9 +44,8 @@ cdef class Pump:
 
     def __cinit__(self):
         self.arena = <uint8_t *> malloc(ARENA_BYTES)
-        self.outbox = <Outbox *> calloc(1, sizeof(Outbox))
         self.inbox = <ReceiveBatch *> calloc(1, sizeof(ReceiveBatch))
-        if self.arena == NULL or self.outbox == NULL or self.inbox == NULL:
+        if self.arena == NULL or self.inbox == NULL:
             raise MemoryError
         self.inbox.buffers = <uint8_t *> malloc(<size_t> BATCH * RECEIVE_STRIDE)
         if self.inbox.buffers == NULL:
@@ -87,7 +55,6 @@ cdef class Pump:
         if self.inbox != NULL:
             free(self.inbox.buffers)
         free(self.inbox)
-        free(self.outbox)
         free(self.arena)
 
     def __init__(
@@ -101,6 +68,7 @@ cdef class Pump:
         PrefixTable prefixes not None,
         PeerTable peers not None,
         str vxlan_reserved_bits="strict",
+        mtu=65535,
     ):
         if not VIRTIO_HEADER <= vnet_header_size <= 24:
             raise ValueError(f"vnet_header_size: {vnet_header_size} is not in {VIRTIO_HEADER}..24")
@@ -110,16 +78,20 @@ cdef class Pump:
             raise ValueError(f"vni: {vni} is not in 0..{(1 << 24) - 1}")
         if vxlan_reserved_bits not in ("strict", "rfc"):
             raise ValueError(f"vxlan_reserved_bits: {vxlan_reserved_bits!r} is neither 'strict' nor 'rfc'")
+        if not 576 <= mtu <= 65535:
+            raise ValueError(f"mtu: {mtu} is not in 576..65535")
+        self.mtu = mtu
         self.tap_fd = tap_fd
         self.vnet_size = vnet_header_size
         self.vni = vni
         self.vxlan_strict = vxlan_reserved_bits == "strict"
-        self.max_segments = RUN_MAX_SEGMENTS
         self.prefixes = prefixes
         self.peers = peers
         memcpy(self.router_mac, <const uint8_t *> router_mac, 6)
-        memcpy(self.delivery_header + vnet_header_size, <const uint8_t *> gateway_mac, 6)
-        memcpy(self.delivery_header + vnet_header_size + 6, <const uint8_t *> router_mac, 6)
+        self.sender = Sender(peers)
+        self.sender.counters = &self.encap_counters
+        self.writer = Writer(tap_fd, vnet_header_size, router_mac, gateway_mac, peers)
+        self.writer.counters = &self.decap_counters
 
     def add_receiver(self, int fd, str encapsulation not None):
         """A bound, non-blocking UDP socket whose datagrams are "geneve" or "vxlan"."""
@@ -132,14 +104,27 @@ cdef class Pump:
 
     def add_sender(self, int fd, int family):
         """A non-blocking UDP socket for sending to AF_INET or AF_INET6 peers."""
-        cdef Senders *senders
-        if family not in (socket.AF_INET, socket.AF_INET6):
-            raise ValueError(f"family: {family} is neither AF_INET nor AF_INET6")
-        senders = &self.senders4 if family == AF_INET else &self.senders6
-        if senders.count == SENDERS:
-            raise ValueError(f"senders: no more than {SENDERS} of a family")
-        senders.fds[senders.count] = fd
-        senders.count += 1
+        self.sender.add_socket(fd, family)
+
+    @property
+    def offloads(self):
+        """{name: on} of what the pump itself can do without: see set_offload."""
+        return {
+            "udp_segment": self.sender.max_segments > 1,
+            "merge_tcp": bool(self.writer.chains.tcp),
+            "merge_udp": bool(self.writer.chains.udp),
+        }
+
+    def set_offload(self, str name not None, bint on):
+        """Switch one offload. A send or write that the kernel refuses switches it off again."""
+        if name == "udp_segment":
+            self.sender.max_segments = RUN_MAX_SEGMENTS if on else 1
+        elif name == "merge_tcp":
+            self.writer.chains.tcp = on
+        elif name == "merge_udp":
+            self.writer.chains.udp = on
+        else:
+            raise ValueError(f"name: {name!r} is not one of {', '.join(self.offloads)}")
 
     def encap(self, int budget=256):
         """Read up to `budget` frames from the TAP and send them; how many were read."""
@@ -160,7 +145,7 @@ cdef class Pump:
         if receiver == NULL:
             raise KeyError(f"descriptor {fd} is no receiver")
         with nogil:
-            n = self.run_decap(receiver, min(budget, BATCH))
+            n = self.run_decap(receiver, max(0, min(budget, BATCH)))
         if n < 0:
             raise OSError(-n, f"receiving datagrams: {os.strerror(-n)}")
         return n
@@ -179,36 +164,40 @@ cdef class Pump:
         cdef size_t used = 0
         cdef ssize_t n = 0
         cdef int frames = 0
+        cdef uint32_t packets
         cdef int drop
         cdef uint8_t *buffer
         while frames < budget:
             if used + HEADROOM + FRAME_BYTES > ARENA_BYTES:
-                self.flush()
+                self.sender.flush()
                 used = 0
             buffer = self.arena + used + HEADROOM
             n = tap_read(self.tap_fd, buffer, FRAME_BYTES)
             if n <= 0:
                 break
             frames += 1
-            self.encap_counters.received += 1
-            drop = self.encap_frame(buffer, n)
+            packets = 1
+            drop = self.encap_frame(buffer, n, &packets)
+            self.encap_counters.received += packets
             if drop:
-                count_drop(&self.encap_counters, drop, 1)
+                count_drop(&self.encap_counters, drop, packets)
             else:
                 used += (HEADROOM + n + 63) & ~63
-        self.flush()
+        self.sender.flush()
         if n < 0 and n != -EAGAIN and n != -EINTR and frames == 0:
             return <int> n
         return frames
 
-    cdef int encap_frame(self, uint8_t *buffer, size_t length) noexcept nogil:
-        """Post the frame's datagram; 0 or the Drop. The frame stays in the arena until flush()."""
+    cdef int encap_frame(self, uint8_t *buffer, size_t length, uint32_t *packets) noexcept nogil:
+        """Post the frame's datagrams; 0 or the Drop. It stays in the arena until the sender's flush.
+        `packets` becomes how many the frame stands for."""
         cdef uint8_t *frame = buffer + self.vnet_size
-        cdef VnetHeader offload
+        cdef VnetHeader offload = virtio_decode(buffer)
+        cdef Superframe cut
         cdef Frame info
         cdef Peer *peer
         cdef int source, slot, drop
-        cdef size_t size
+        cdef uint32_t largest
         if length < <size_t> self.vnet_size + ETHERNET_HEADER:
             return DROP_FRAME_SHORT
         if memcmp(frame, self.router_mac, 6) != 0:
@@ -226,81 +215,26 @@ cdef class Pump:
             return DROP_INNER_SOURCE
         if slot == LOCAL:
             return DROP_INNER_DESTINATION
-        if slot == NO_SLOT:
+        peer = peer_at(self.peers, slot)
+        if peer == NULL:
             return DROP_NO_ROUTE
-        peer = &self.peers.slots[slot]
-        if info.packet_length > peer.mtu:
-            return DROP_TOO_BIG
-        size = ETHERNET_HEADER + info.packet_length
-        offload = virtio_decode(buffer)
+        largest = info.packet_length
         if offload.gso_type != VIRTIO_GSO_NONE:
-            return DROP_VIRTIO_HEADER  # no segmentation was offered to the kernel
-        drop = virtio_complete_checksum(&offload, frame, size)
+            drop = segment_open(&offload, frame, &info, &cut)
+            if drop:
+                return drop
+            packets[0] = cut.count
+            largest = cut.headers - ETHERNET_HEADER + min(cut.size, cut.payload)
+        if largest > peer.mtu:
+            return DROP_TOO_BIG
+        memcpy(frame + 6, self.router_mac, 6)
+        if offload.gso_type != VIRTIO_GSO_NONE:
+            return self.sender.post_superframe(slot, flow_hash(&info), info.tos & ECN_MASK, &cut)
+        length = ETHERNET_HEADER + info.packet_length
+        drop = virtio_complete_checksum(&offload, frame, length)
         if drop:
             return drop
-        # From here on the virtio header is overwritten: the tunnel header ends where the frame begins.
-        memcpy(frame - TUNNEL_HEADER, peer.header, sizeof(peer.header))
-        memcpy(frame + 6, self.router_mac, 6)
-        return self.post(
-            slot, flow_hash(&info), info.tos & ECN_MASK, frame - TUNNEL_HEADER, TUNNEL_HEADER + size
-        )
-
-    cdef int post(self, int slot, uint32_t flow, int ecn, uint8_t *datagram, size_t length) noexcept nogil:
-        """Put one datagram in the outbox, in the newest run if it may join it; 0 or the Drop."""
-        cdef Outbox *outbox = self.outbox
-        cdef Peer *peer = &self.peers.slots[slot]
-        cdef Senders *senders = &self.senders4 if peer.family == AF_INET else &self.senders6
-        cdef uint32_t key
-        cdef Run *run
-        if senders.count == 0:
-            return DROP_UDP_ERROR  # no address of ours in the peer's family
-        # slot (16 bits), sender (8), ECN (2): what a run's datagrams have in common.
-        key = (<uint32_t> slot << 10) | (flow % senders.count << 2) | <uint32_t> ecn
-        if outbox.piece_count == OUTBOX_PIECES:
-            self.flush()
-        run = &outbox.runs[outbox.run_count - 1]
-        if outbox.run_count and run_accepts(run, key, <uint32_t> length, self.max_segments):
-            run_extend(run, <uint32_t> length)
-        else:
-            if outbox.run_count == BATCH:
-                self.flush()
-            run = &outbox.runs[outbox.run_count]
-            run_begin(run, key, <uint32_t> length)
-            outbox.first_piece[outbox.run_count] = outbox.piece_count
-            outbox.run_count += 1
-        outbox.pieces[outbox.piece_count] = piece(datagram, length)
-        outbox.piece_count += 1
-        return 0
-
-    cdef void flush(self) noexcept nogil:
-        """Send the outbox's runs in order, each once, and empty it."""
-        cdef Outbox *outbox = self.outbox
-        cdef int first = 0
-        cdef int last, sent
-        cdef int sender[BATCH]
-        cdef int i
-        for i in range(outbox.run_count):
-            sender[i] = describe_run(self, i)
-        while first < outbox.run_count:
-            last = first + 1
-            while last < outbox.run_count and sender[last] == sender[first]:
-                last += 1
-            sent = send_batch(sender[first], &outbox.batch, first, last - first)
-            if sent > 0:
-                for i in range(first, first + sent):
-                    count_sent(self, &outbox.runs[i], outbox.runs[i].count, outbox.runs[i].bytes)
-                first += sent
-                continue
-            if (sent == -EIO or sent == -EINVAL) and outbox.runs[first].count > 1:
-                # UDP_SEGMENT refused on this route: its datagrams leave one by one, and so do all
-                # later ones (design: downgrade, replay only what failed).
-                self.max_segments = 1
-                send_singly(self, first, sender[first])
-            else:
-                count_drop(&self.encap_counters, send_drop(sent), outbox.runs[first].count)
-            first += 1
-        outbox.run_count = 0
-        outbox.piece_count = 0
+        return self.sender.post_frame(slot, flow_hash(&info), info.tos & ECN_MASK, frame, length)
 
     # decap ----------------------------------------------------------------------------------------
 
@@ -313,6 +247,7 @@ cdef class Pump:
         for i in range(n):
             message = received(self.inbox, i)
             self.decap_message(receiver, &message)
+        self.writer.flush()
         return n
 
     cdef void decap_message(self, Receiver *receiver, Received *message) noexcept nogil:
@@ -346,11 +281,10 @@ cdef class Pump:
     cdef int decap_datagram(
         self, Receiver *receiver, int slot, uint8_t *datagram, size_t length, int outer_ecn
     ) noexcept nogil:
-        """Deliver the datagram's packet; 0 or the Drop."""
+        """Hand the datagram's packet to the writer; 0 or the Drop."""
         cdef uint32_t vni = 0
         cdef uint8_t *frame
         cdef Frame info
-        cdef Peer *peer
         cdef int header, drop, source, destination, ecn
         if receiver.encapsulation == GENEVE:
             header = geneve_decode(datagram, length, &vni)
@@ -387,83 +321,10 @@ cdef class Pump:
                 ipv4_set_ecn(info.packet, ecn)
             else:
                 ipv6_set_ecn(info.packet, ecn)
-        drop = self.deliver(info.packet, info.packet_length, info.family)
-        if drop:
-            return drop
-        peer = &self.peers.slots[slot]
-        peer.decap_packets += 1
-        peer.decap_bytes += info.packet_length
-        self.decap_counters.forwarded += 1
-        self.decap_counters.forwarded_bytes += info.packet_length
+        if info.packet_length > self.mtu:
+            return self.writer.put_superframe(&info, slot, self.mtu)
+        self.writer.put(&info, slot)
         return 0
-
-    cdef int deliver(self, uint8_t *packet, size_t length, int family) noexcept nogil:
-        """Write one packet to the TAP as a frame from the virtual router to the gateway."""
-        cdef iovec pieces[2]
-        cdef ssize_t n
-        store16(
-            self.delivery_header + self.vnet_size + ETHERNET_HEADER - 2,
-            ETHERTYPE_IPV4 if family == 4 else ETHERTYPE_IPV6,
-        )
-        pieces[0] = piece(self.delivery_header, self.vnet_size + ETHERNET_HEADER)
-        pieces[1] = piece(packet, length)
-        n = tap_write(self.tap_fd, pieces, 2)
-        if n >= 0:
-            return 0
-        return DROP_TAP_FULL if n == -EAGAIN or n == -ENOBUFS else DROP_TAP_ERROR
-
-
-cdef inline int send_drop(int failure) noexcept nogil:
-    if failure == -EAGAIN or failure == -ENOBUFS:
-        return DROP_UDP_FULL
-    return DROP_TOO_BIG if failure == -EMSGSIZE else DROP_UDP_ERROR
-
-
-cdef int describe_run(Pump pump, int i) noexcept nogil:
-    """Fill message i for run i; the descriptor to send it from."""
-    cdef Outbox *outbox = pump.outbox
-    cdef Run *run = &outbox.runs[i]
-    cdef Peer *peer = &pump.peers.slots[run.key >> 10]
-    cdef Senders *senders = &pump.senders4 if peer.family == AF_INET else &pump.senders6
-    send_describe(
-        &outbox.batch,
-        i,
-        &peer.endpoint,
-        peer.endpoint_length,
-        &outbox.pieces[outbox.first_piece[i]],
-        run.count,
-        run.size if run.count > 1 else 0,
-        run.key & ECN_MASK,
-    )
-    return senders.fds[run.key >> 2 & 0xFF]
-
-
-cdef void count_sent(Pump pump, const Run *run, uint32_t packets, uint64_t datagram_bytes) noexcept nogil:
-    cdef Peer *peer = &pump.peers.slots[run.key >> 10]
-    cdef uint64_t inner_bytes = datagram_bytes - packets * (TUNNEL_HEADER + ETHERNET_HEADER)
-    peer.encap_packets += packets
-    peer.encap_bytes += inner_bytes
-    pump.encap_counters.forwarded += packets
-    pump.encap_counters.forwarded_bytes += inner_bytes
-
-
-cdef void send_singly(Pump pump, int i, int fd) noexcept nogil:
-    """Send run i's datagrams each as a message of its own, in order."""
-    cdef Outbox *outbox = pump.outbox
-    cdef Run *run = &outbox.runs[i]
-    cdef Peer *peer = &pump.peers.slots[run.key >> 10]
-    cdef iovec *datagram
-    cdef int k, sent
-    for k in range(run.count):
-        datagram = &outbox.pieces[outbox.first_piece[i] + k]
-        send_describe(
-            &outbox.batch, i, &peer.endpoint, peer.endpoint_length, datagram, 1, 0, run.key & ECN_MASK
-        )
-        sent = send_batch(fd, &outbox.batch, i, 1)
-        if sent > 0:
-            count_sent(pump, run, 1, datagram.iov_len)
-        else:
-            count_drop(&pump.encap_counters, send_drop(sent), 1)
 
 
 cdef dict counters_dict(const Counters *counters):

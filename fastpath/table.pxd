@@ -75,3 +75,10 @@ cdef class PeerTable:
     cdef Peer *slots
     cdef uint32_t capacity
     cdef readonly PrefixTable sources
+
+
+cdef inline Peer *peer_at(PeerTable table, int32_t slot) noexcept nogil:
+    """The peer in a slot that the prefix table gave, NULL if none is there (yet, or any more)."""
+    if slot == NO_SLOT or <uint32_t> slot >= table.capacity or not table.slots[slot].used:
+        return NULL
+    return &table.slots[slot]

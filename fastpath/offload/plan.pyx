@@ -2,7 +2,7 @@
 
 import collections
 
-RunTuple = collections.namedtuple("Run", ["first", "segments", "size"])
+PlannedRun = collections.namedtuple("PlannedRun", ["first", "segments", "size"])
 
 
 def plan(list datagrams not None, *, int max_segments=RUN_MAX_SEGMENTS):
@@ -15,9 +15,9 @@ def plan(list datagrams not None, *, int max_segments=RUN_MAX_SEGMENTS):
             run_extend(&run, length)
             continue
         if run.count:
-            runs.append(RunTuple(first, run.count, run.size))
+            runs.append(PlannedRun(first, run.count, run.size))
         run_begin(&run, key, length)
         first = i
     if run.count:
-        runs.append(RunTuple(first, run.count, run.size))
+        runs.append(PlannedRun(first, run.count, run.size))
     return runs

@@ -13,6 +13,10 @@ cdef enum:
     VIRTIO_HEADER = 10
     VIRTIO_NEEDS_CSUM = 1
     VIRTIO_GSO_NONE = 0
+    VIRTIO_GSO_TCPV4 = 1
+    VIRTIO_GSO_TCPV6 = 4
+    VIRTIO_GSO_UDP_L4 = 5
+    VIRTIO_GSO_ECN = 0x80  # a flag beside the TCP types: CWR is set in the first segment only
     UDP_CHECKSUM_OFFSET = 6
 
 

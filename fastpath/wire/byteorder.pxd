@@ -39,3 +39,8 @@ cdef inline void store16(void *p, uint16_t value) noexcept nogil:
 cdef inline void store32(void *p, uint32_t value) noexcept nogil:
     cdef uint32_t wire = htobe32(value)
     memcpy(p, &wire, 4)
+
+
+cdef inline uint16_t raw16(uint16_t value) noexcept nogil:
+    """The value as it lies in a packet: what the Internet checksum sums."""
+    return htobe16(value)

@@ -5,24 +5,9 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 
-cdef inline uint64_t sum_add(const uint8_t *data, size_t length, uint64_t total) noexcept nogil:
-    """Add the bytes to a partial sum. `data` must start on an even byte of the summed whole."""
-    cdef uint32_t word
-    cdef uint16_t half = 0
-    cdef size_t i = 0
-    while i + 4 <= length:
-        memcpy(&word, data + i, 4)
-        total += word
-        i += 4
-    if i + 2 <= length:
-        memcpy(&half, data + i, 2)
-        total += half
-        i += 2
-    if i < length:
-        half = 0
-        memcpy(&half, data + i, 1)
-        total += half
-    return total
+cdef extern from "checksum_sum.h" nogil:
+    # Add the bytes to a partial sum. `data` must start on an even byte of the summed whole.
+    uint64_t sum_add "podloom_sum"(const uint8_t *data, size_t length, uint64_t total) noexcept
 
 
 cdef inline uint16_t sum_fold(uint64_t total) noexcept nogil:

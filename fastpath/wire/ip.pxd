@@ -4,7 +4,7 @@
 from libc.stdint cimport uint8_t, uint16_t
 
 from fastpath.wire.byteorder cimport load16, store16
-from fastpath.wire.checksum cimport checksum_update16
+from fastpath.wire.checksum cimport checksum_update16, sum_add, sum_store
 from libc.string cimport memcpy
 
 
@@ -12,7 +12,9 @@ cdef enum:
     IPV4_HEADER = 20
     IPV4_TOS = 1
     IPV4_LENGTH = 2
+    IPV4_ID = 4
     IPV4_FRAGMENT = 6
+    IPV4_DONT_FRAGMENT = 0x40  # in the byte at IPV4_FRAGMENT
     IPV4_TTL = 8
     IPV4_PROTOCOL = 9
     IPV4_CHECKSUM = 10
@@ -32,6 +34,24 @@ cdef enum:
     PROTOCOL_FRAGMENT = 44
     PROTOCOL_SCTP = 132
 
+    TCP_HEADER = 20
+    TCP_SEQUENCE = 4
+    TCP_ACKNOWLEDGEMENT = 8
+    TCP_DATA_OFFSET = 12
+    TCP_FLAGS = 13
+    TCP_WINDOW = 14
+    TCP_CHECKSUM = 16
+    TCP_URGENT = 18
+    TCP_FIN = 0x01
+    TCP_PSH = 0x08
+    TCP_ACK = 0x10
+    TCP_ECE = 0x40
+    TCP_CWR = 0x80
+
+    UDP_HEADER = 8
+    UDP_LENGTH = 4
+    UDP_CHECKSUM = 6
+
     ECN_MASK = 3
     ECN_NOT_ECT = 0
     ECN_ECT1 = 1
@@ -41,6 +61,13 @@ cdef enum:
 
 cdef inline uint8_t ipv6_traffic_class(const uint8_t *packet) noexcept nogil:
     return <uint8_t> (load16(packet) >> 4)
+
+
+cdef inline void ipv4_set_length(uint8_t *packet, uint16_t header_length, uint16_t length) noexcept nogil:
+    """Write the total length and the header checksum that goes with it."""
+    store16(packet + IPV4_LENGTH, length)
+    store16(packet + IPV4_CHECKSUM, 0)
+    sum_store(packet + IPV4_CHECKSUM, sum_add(packet, header_length, 0))
 
 
 cdef inline int ecn_combine(int inner, int outer) noexcept nogil:

@@ -1,0 +1,62 @@
+# Datagrams on their way out. encap posts them in order; flush() sends them as runs, each datagram
+# exactly once, and counts what became of it.
+#
+# Words, smallest to largest: a piece is an iovec; a datagram is one piece (a frame that leaves from
+# where it was read, its tunnel header written before it) or two (a segment's header block and its
+# payload in the superframe); a run is datagrams one UDP_SEGMENT send can carry; the outbox holds the
+# runs of one flush.
+#
+# borrowed: every piece, until flush().
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from fastpath.drops cimport Counters
+from fastpath.kernel.udp cimport BATCH, SendBatch
+from fastpath.linux cimport iovec
+from fastpath.offload.plan cimport Run
+from fastpath.offload.segment cimport SEGMENT_HEADERS, Superframe
+from fastpath.table cimport Peer, PeerTable
+
+
+cdef enum:
+    TUNNEL_HEADER = 8                   # Geneve as we send it has no options; VXLAN never has
+    PIECES = 1024                       # UIO_MAXIOV, though no run comes near it
+    BLOCK_BYTES = TUNNEL_HEADER + SEGMENT_HEADERS
+    BLOCKS = PIECES // 2
+    SOCKETS = 16                        # of each family
+
+
+cdef struct Outbox:
+    iovec pieces[PIECES]
+    Run runs[BATCH]
+    uint16_t first_piece[BATCH]
+    int piece_count
+    int run_count
+    int block_count
+    SendBatch batch
+    uint8_t blocks[BLOCKS][BLOCK_BYTES]
+
+
+cdef struct Sockets:
+    int fds[SOCKETS]
+    uint32_t count
+
+
+cdef class Sender:
+    cdef PeerTable peers
+    cdef Counters *counters             # borrowed: the pump's
+    cdef Sockets v4
+    cdef Sockets v6
+    cdef Outbox *outbox
+    cdef int max_segments               # 1 when UDP_SEGMENT is off
+
+    cdef uint32_t key(self, int slot, uint32_t flow, int ecn) noexcept nogil
+    cdef int post_frame(
+        self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length
+    ) noexcept nogil
+    cdef int post_superframe(self, int slot, uint32_t flow, int ecn, const Superframe *cut) noexcept nogil
+    cdef void flush(self) noexcept nogil
+    cdef iovec *_join(self, uint32_t key, uint32_t length, int pieces) noexcept nogil
+    cdef int _describe(self, int run) noexcept nogil
+    cdef bint _send_singly(self, int run, int fd) noexcept nogil
+    cdef void _count(self, uint32_t key, uint32_t datagrams, uint64_t datagram_bytes) noexcept nogil

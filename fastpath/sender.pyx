@@ -1,0 +1,204 @@
+"""Posting datagrams, and sending them in runs."""
+
+import socket
+
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from fastpath.drops cimport DROP_TOO_BIG, DROP_UDP_ERROR, DROP_UDP_FULL, count_drop
+from fastpath.kernel.udp cimport send_batch, send_describe
+from fastpath.linux cimport AF_INET, EAGAIN, EINVAL, EIO, EMSGSIZE, ENOBUFS
+from fastpath.offload.plan cimport RUN_MAX_SEGMENTS, run_accepts, run_begin, run_extend
+from fastpath.offload.segment cimport segment_header, segment_payload
+from fastpath.wire.ethernet cimport ETHERNET_HEADER
+from fastpath.wire.ip cimport ECN_MASK
+
+# What the datagrams of a run have in common, in one word: slot (16 bits), socket (8), pieces of a
+# datagram less one (1), ECN (2).
+cdef enum:
+    KEY_TWO_PIECES = 4
+    KEY_SOCKET = 3
+    KEY_SLOT = 11
+
+
+cdef class Sender:
+    """The sockets of one node, and the outbox before them."""
+
+    def __cinit__(self, PeerTable peers not None):
+        self.peers = peers
+        self.max_segments = RUN_MAX_SEGMENTS
+        self.outbox = <Outbox *> calloc(1, sizeof(Outbox))
+        if self.outbox == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.outbox)
+
+    def add_socket(self, int fd, int family):
+        """A non-blocking UDP socket to send from, for peers of its family."""
+        cdef Sockets *sockets
+        if family not in (socket.AF_INET, socket.AF_INET6):
+            raise ValueError(f"family: {family} is neither AF_INET nor AF_INET6")
+        sockets = &self.v4 if family == AF_INET else &self.v6
+        if sockets.count == SOCKETS:
+            raise ValueError(f"senders: no more than {SOCKETS} of a family")
+        sockets.fds[sockets.count] = fd
+        sockets.count += 1
+
+    cdef uint32_t key(self, int slot, uint32_t flow, int ecn) noexcept nogil:
+        cdef Peer *peer = &self.peers.slots[slot]
+        cdef uint32_t count = self.v4.count if peer.family == AF_INET else self.v6.count
+        return <uint32_t> slot << KEY_SLOT | (flow % count if count else 0) << KEY_SOCKET | <uint32_t> ecn
+
+    cdef int post_frame(
+        self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length
+    ) noexcept nogil:
+        """Post a frame whose inner Ethernet source is written; 0 or the Drop. TUNNEL_HEADER bytes
+        before it and its destination address are overwritten."""
+        cdef Peer *peer = &self.peers.slots[slot]
+        cdef iovec *pieces
+        if (self.v4.count if peer.family == AF_INET else self.v6.count) == 0:
+            return DROP_UDP_ERROR  # we have no address in the peer's family
+        pieces = self._join(self.key(slot, flow, ecn), <uint32_t> (TUNNEL_HEADER + length), 1)
+        memcpy(frame - TUNNEL_HEADER, peer.header, sizeof(peer.header))
+        pieces[0].iov_base = frame - TUNNEL_HEADER
+        pieces[0].iov_len = TUNNEL_HEADER + length
+        return 0
+
+    cdef int post_superframe(
+        self, int slot, uint32_t flow, int ecn, const Superframe *cut
+    ) noexcept nogil:
+        """Post each segment as a datagram; 0 or the Drop, of all or none."""
+        cdef Peer *peer = &self.peers.slots[slot]
+        cdef uint32_t key = self.key(slot, flow, ecn) | KEY_TWO_PIECES
+        cdef uint32_t header_bytes = TUNNEL_HEADER + cut.headers
+        cdef uint32_t i, payload
+        cdef uint8_t *block
+        cdef iovec *pieces
+        if (self.v4.count if peer.family == AF_INET else self.v6.count) == 0:
+            return DROP_UDP_ERROR
+        for i in range(cut.count):
+            payload = segment_payload(cut, i)
+            pieces = self._join(key, header_bytes + payload, 2)
+            block = self.outbox.blocks[self.outbox.block_count]
+            self.outbox.block_count += 1
+            segment_header(cut, i, block + TUNNEL_HEADER)
+            memcpy(block, peer.header, sizeof(peer.header))
+            pieces[0].iov_base = block
+            pieces[0].iov_len = header_bytes
+            pieces[1].iov_base = cut.frame + cut.headers + i * cut.size
+            pieces[1].iov_len = payload
+        return 0
+
+    cdef iovec *_join(self, uint32_t key, uint32_t length, int pieces) noexcept nogil:
+        """Room for one datagram in the newest run, or in a new one: its pieces, to be filled."""
+        cdef Outbox *outbox = self.outbox
+        cdef Run *run
+        if (
+            outbox.piece_count + pieces > PIECES
+            or outbox.block_count == BLOCKS
+            or (
+                outbox.run_count == BATCH
+                and not run_accepts(&outbox.runs[BATCH - 1], key, length, self.max_segments)
+            )
+        ):
+            self.flush()
+        run = &outbox.runs[outbox.run_count - 1]
+        if outbox.run_count and run_accepts(run, key, length, self.max_segments):
+            run_extend(run, length)
+        else:
+            run_begin(&outbox.runs[outbox.run_count], key, length)
+            outbox.first_piece[outbox.run_count] = outbox.piece_count
+            outbox.run_count += 1
+        outbox.piece_count += pieces
+        return &outbox.pieces[outbox.piece_count - pieces]
+
+    cdef void flush(self) noexcept nogil:
+        """Send the runs in order, each datagram once, and empty the outbox."""
+        cdef Outbox *outbox = self.outbox
+        cdef int fds[BATCH]
+        cdef int first = 0
+        cdef int last, sent, i
+        cdef Run *run
+        for i in range(outbox.run_count):
+            fds[i] = self._describe(i)
+        while first < outbox.run_count:
+            last = first + 1
+            while last < outbox.run_count and fds[last] == fds[first]:
+                last += 1
+            sent = send_batch(fds[first], &outbox.batch, first, last - first)
+            for i in range(first, first + sent):
+                self._count(outbox.runs[i].key, outbox.runs[i].count, outbox.runs[i].bytes)
+            if sent > 0:
+                first += sent
+                continue
+            run = &outbox.runs[first]
+            if (sent == -EIO or sent == -EINVAL) and run.count > 1:
+                # Either UDP_SEGMENT is refused on this route, or (before Linux 6.14) the path's MTU
+                # shrank. Only if the datagrams leave one by one was it the former.
+                if self._send_singly(first, fds[first]):
+                    self.max_segments = 1
+            else:
+                count_drop(self.counters, send_drop(sent), run.count)
+            first += 1
+        outbox.run_count = 0
+        outbox.piece_count = 0
+        outbox.block_count = 0
+
+    cdef int _describe(self, int i) noexcept nogil:
+        """Fill message i for run i; the descriptor to send it from."""
+        cdef Outbox *outbox = self.outbox
+        cdef Run *run = &outbox.runs[i]
+        cdef Peer *peer = &self.peers.slots[run.key >> KEY_SLOT]
+        cdef Sockets *sockets = &self.v4 if peer.family == AF_INET else &self.v6
+        send_describe(
+            &outbox.batch,
+            i,
+            &peer.endpoint,
+            peer.endpoint_length,
+            &outbox.pieces[outbox.first_piece[i]],
+            run.count * datagram_pieces(run.key),
+            run.size if run.count > 1 else 0,
+            run.key & ECN_MASK,
+        )
+        return sockets.fds[run.key >> KEY_SOCKET & 0xFF]
+
+    cdef bint _send_singly(self, int i, int fd) noexcept nogil:
+        """Send run i's datagrams each as a message of its own, in order; whether any left."""
+        cdef Outbox *outbox = self.outbox
+        cdef Run *run = &outbox.runs[i]
+        cdef Peer *peer = &self.peers.slots[run.key >> KEY_SLOT]
+        cdef int count = datagram_pieces(run.key)
+        cdef iovec *pieces
+        cdef bint any_left = False
+        cdef int k, sent
+        for k in range(run.count):
+            pieces = &outbox.pieces[outbox.first_piece[i] + k * count]
+            send_describe(
+                &outbox.batch, i, &peer.endpoint, peer.endpoint_length, pieces, count, 0, run.key & ECN_MASK
+            )
+            sent = send_batch(fd, &outbox.batch, i, 1)
+            if sent > 0:
+                any_left = True
+                self._count(run.key, 1, pieces[0].iov_len + (pieces[1].iov_len if count == 2 else 0))
+            else:
+                count_drop(self.counters, send_drop(sent), 1)
+        return any_left
+
+    cdef void _count(self, uint32_t key, uint32_t datagrams, uint64_t datagram_bytes) noexcept nogil:
+        cdef Peer *peer = &self.peers.slots[key >> KEY_SLOT]
+        cdef uint64_t inner_bytes = datagram_bytes - datagrams * (TUNNEL_HEADER + ETHERNET_HEADER)
+        peer.encap_packets += datagrams
+        peer.encap_bytes += inner_bytes
+        self.counters.forwarded += datagrams
+        self.counters.forwarded_bytes += inner_bytes
+
+
+cdef inline int datagram_pieces(uint32_t key) noexcept nogil:
+    return 2 if key & KEY_TWO_PIECES else 1
+
+
+cdef inline int send_drop(int failure) noexcept nogil:
+    if failure == -EAGAIN or failure == -ENOBUFS:
+        return DROP_UDP_FULL
+    return DROP_TOO_BIG if failure == -EMSGSIZE else DROP_UDP_ERROR

@@ -1,0 +1,142 @@
+"""Writing packets to the TAP, merged where that loses nothing."""
+
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from fastpath.drops cimport (
+    DROP_INNER_CHECKSUM,
+    DROP_TAP_ERROR,
+    DROP_TAP_FULL,
+    DROP_TOO_BIG,
+    count_drop,
+)
+from fastpath.kernel.tap cimport tap_write
+from fastpath.linux cimport EAGAIN, EINVAL, ENOBUFS, iovec
+from fastpath.offload.coalesce cimport (
+    BUCKETS,
+    NO_CHAIN,
+    chain_finish,
+    chain_offload,
+    chain_restore,
+    coalesce_add,
+    coalesce_reset,
+    coalesce_superframe,
+    superframe_checksum,
+    superframe_headers,
+)
+from fastpath.offload.virtio cimport virtio_encode
+from fastpath.table cimport Peer
+from fastpath.wire.byteorder cimport store16
+from fastpath.wire.ethernet cimport ETHERNET_HEADER, ETHERNET_TYPE, ETHERTYPE_IPV4, ETHERTYPE_IPV6
+from fastpath.wire.ip cimport PROTOCOL_UDP
+
+
+cdef class Writer:
+    """The TAP of one node, and the chains before it."""
+
+    def __cinit__(self, int fd, int vnet_size, bytes router_mac, bytes gateway_mac, PeerTable peers not None):
+        cdef int i
+        self.fd = fd
+        self.vnet_size = vnet_size
+        self.peers = peers
+        memcpy(self.header + vnet_size, <const uint8_t *> gateway_mac, 6)
+        memcpy(self.header + vnet_size + 6, <const uint8_t *> router_mac, 6)
+        self.chains = <Coalescer *> calloc(1, sizeof(Coalescer))
+        if self.chains == NULL:
+            raise MemoryError
+        for i in range(BUCKETS):
+            self.chains.newest[i] = NO_CHAIN
+
+    def __dealloc__(self):
+        free(self.chains)
+
+    cdef void put(self, const Frame *info, uint16_t slot) noexcept nogil:
+        """Take a packet. borrowed: until flush()."""
+        if not coalesce_add(self.chains, info, slot, False):
+            self.flush()
+            coalesce_add(self.chains, info, slot, False)
+
+    cdef int put_superframe(self, const Frame *info, uint16_t slot, uint32_t mtu) noexcept nogil:
+        """Take a packet longer than `mtu`, to be cut to it again; 0 or the Drop."""
+        cdef uint32_t headers = superframe_headers(info)
+        if headers == 0 or headers >= mtu:
+            return DROP_TOO_BIG
+        if not superframe_checksum(info):
+            return DROP_INNER_CHECKSUM
+        if not coalesce_superframe(self.chains, info, slot, headers, mtu - headers):
+            self.flush()
+            coalesce_superframe(self.chains, info, slot, headers, mtu - headers)
+        return 0
+
+    cdef void flush(self) noexcept nogil:
+        cdef int i
+        for i in range(self.chains.count):
+            self._write_chain(&self.chains.chains[i])
+        coalesce_reset(self.chains)
+
+    cdef void _write_chain(self, Chain *chain) noexcept nogil:
+        cdef VnetHeader offload
+        cdef ssize_t written
+        cdef uint64_t packet_bytes
+        if chain.packets == 1:
+            memset(&offload, 0, sizeof(offload))
+            if chain.superframe:
+                offload = chain_offload(chain, chain.headers, chain.superframe)
+            written = self._write(chain, 1, &offload)
+            self._count(chain, 1, chain.pieces[1].iov_len, written)
+            return
+        offload = chain_finish(chain)
+        written = self._write(chain, chain.packets, &offload)
+        if written == -EINVAL:
+            # This kernel takes no such superframe: its packets go one by one, and later ones are
+            # not merged.
+            if chain.first.protocol == PROTOCOL_UDP:
+                self.chains.udp = False
+            else:
+                self.chains.tcp = False
+            chain_restore(chain)
+            self._write_singly(chain)
+            return
+        packet_bytes = <uint64_t> chain.packets * chain.headers + chain.payload
+        self._count(chain, chain.packets, packet_bytes, written)
+
+    cdef void _write_singly(self, Chain *chain) noexcept nogil:
+        """Write each packet of the chain whole: behind the first, headers lie before each payload."""
+        cdef VnetHeader offload
+        cdef iovec *packet = &chain.pieces[1]
+        cdef iovec payload
+        cdef int k
+        memset(&offload, 0, sizeof(offload))
+        for k in range(1, chain.packets + 1):
+            if k > 1:
+                payload = chain.pieces[k]
+                packet.iov_base = <uint8_t *> payload.iov_base - chain.headers
+                packet.iov_len = payload.iov_len + chain.headers
+            self._count(chain, 1, packet.iov_len, self._write(chain, 1, &offload))
+
+    cdef ssize_t _write(self, Chain *chain, int pieces, const VnetHeader *offload) noexcept nogil:
+        """Write the chain's first pieces behind one virtio and Ethernet header; bytes or -errno."""
+        virtio_encode(self.header, offload)
+        store16(
+            self.header + self.vnet_size + ETHERNET_TYPE,
+            ETHERTYPE_IPV4 if chain.first.family == 4 else ETHERTYPE_IPV6,
+        )
+        chain.pieces[0].iov_base = self.header
+        chain.pieces[0].iov_len = self.vnet_size + ETHERNET_HEADER
+        return tap_write(self.fd, chain.pieces, 1 + pieces)
+
+    cdef void _count(
+        self, const Chain *chain, int packets, uint64_t packet_bytes, ssize_t written
+    ) noexcept nogil:
+        cdef Peer *peer = &self.peers.slots[chain.slot]
+        if written < 0:
+            count_drop(
+                self.counters,
+                DROP_TAP_FULL if written == -EAGAIN or written == -ENOBUFS else DROP_TAP_ERROR,
+                packets,
+            )
+            return
+        peer.decap_packets += packets
+        peer.decap_bytes += packet_bytes
+        self.counters.forwarded += packets
+        self.counters.forwarded_bytes += packet_bytes
