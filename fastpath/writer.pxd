@@ -26,4 +26,6 @@ cdef class Writer:
     cdef void _write_chain(self, Chain *chain) noexcept nogil
     cdef void _write_singly(self, Chain *chain) noexcept nogil
     cdef ssize_t _write(self, Chain *chain, int pieces, const VnetHeader *offload) noexcept nogil
-    cdef void _count(self, const Chain *chain, int packets, uint64_t packet_bytes, ssize_t written) noexcept nogil
+    cdef void _count(
+        self, const Chain *chain, int packets, uint64_t packet_bytes, ssize_t written
+    ) noexcept nogil

@@ -153,13 +153,14 @@ cdef inline bint same_tcp(const Chain *chain, const Frame *info) noexcept nogil:
     """The next bytes of the stream, under the same acknowledgement, window and options."""
     cdef const uint8_t *a = chain.first.packet + chain.first.header_length
     cdef const uint8_t *b = info.packet + info.header_length
+    cdef uint32_t options = chain.headers - chain.first.header_length - TCP_HEADER
     return (
         memcmp(a, b, 4) == 0
         and load32(b + TCP_SEQUENCE) == chain.next_sequence
         and memcmp(a + TCP_ACKNOWLEDGEMENT, b + TCP_ACKNOWLEDGEMENT, 5) == 0
         and (chain.last_flags ^ b[TCP_FLAGS]) & ~TCP_PSH == 0
         and memcmp(a + TCP_WINDOW, b + TCP_WINDOW, 2) == 0
-        and memcmp(a + TCP_HEADER, b + TCP_HEADER, chain.headers - chain.first.header_length - TCP_HEADER) == 0
+        and memcmp(a + TCP_HEADER, b + TCP_HEADER, options) == 0
     )
 
 
@@ -184,7 +185,9 @@ cdef inline bint chain_accepts(
     return trusted or transport_checksum_holds(info)
 
 
-cdef inline Chain *chain_begin(Coalescer *all, const Frame *info, uint16_t slot, uint32_t flow) noexcept nogil:
+cdef inline Chain *chain_begin(
+    Coalescer *all, const Frame *info, uint16_t slot, uint32_t flow
+) noexcept nogil:
     """A chain of this packet alone, that nothing may join yet; NULL if there is no room."""
     cdef Chain *chain
     if all.count == CHAINS:
@@ -214,7 +217,11 @@ cdef inline bint coalesce_add(Coalescer *all, const Frame *info, uint16_t slot, 
     cdef const uint8_t *transport = info.packet + info.header_length
     if newest != NO_CHAIN and headers:
         chain = &all.chains[newest]
-        if chain.flow == flow and chain.slot == slot and chain_accepts(chain, info, headers, payload, trusted):
+        if (
+            chain.flow == flow
+            and chain.slot == slot
+            and chain_accepts(chain, info, headers, payload, trusted)
+        ):
             chain.packets += 1
             chain.pieces[chain.packets].iov_base = info.packet + headers
             chain.pieces[chain.packets].iov_len = payload
