@@ -105,7 +105,8 @@ class _VersionAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from forwarder.version import podloom_version
 
-        parser.exit(message=f"podloom {podloom_version()}\n")
+        sys.stdout.write(f"podloom {podloom_version()}\n")
+        parser.exit()
 
 
 def _up(arguments: argparse.Namespace) -> int:

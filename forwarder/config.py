@@ -6,21 +6,30 @@ say (the stored node id, the underlay's MTU) is not filled in here.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import ipaddress
 import json
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final
 
 from forwarder.addresses import Address, Network, derive_mac, format_mac, parse_mac
 from forwarder.control.messages import DEFAULT_RUN_DIR, SOCKET_NAME
 from forwarder.faults import MISSING, ConfigError, Fault
 from forwarder.peers import OVERHEAD_BYTES, Local, NamedPrefix, PeerRecord, check, is_inside, overlaps
+from forwarder.toml_values import (
+    Kind,
+    RefusedError,
+    integer,
+    kind_of,
+    list_of,
+    matching,
+    one_of,
+    read_section,
+    refuse_unknown,
+)
 
 DEFAULT_PATH: Final = Path("/etc/podloom/podloom.toml")
 ENCAPSULATIONS: Final = ("geneve", "vxlan")
@@ -33,8 +42,6 @@ MIN_UNDERLAY_MTU_BYTES: Final = 576 + max(OVERHEAD_BYTES.values())
 """Leaves 576 bytes inside, which every IPv4 host must take (RFC 791)."""
 LONGEST_GATEWAY_PREFIX: Final = {4: 30, 6: 126}
 """A node's prefix must hold the gateway and a pod besides its first and last address."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +136,17 @@ def parse(text: str) -> Config:
     """The configuration a TOML text describes. ConfigError with every fault in it."""
     faults: list[Fault] = []
     tables = _decode(text)
-    cluster = _read(ClusterConfig, _CLUSTER, _pop_table(tables, "cluster", faults), "cluster", faults)
-    node = _read(NodeConfig, _NODE, _pop_table(tables, "node", faults), "node", faults)
-    tunnel = _read(TunnelConfig, _TUNNEL, _pop_table(tables, "tunnel", faults), "tunnel", faults)
-    links = _read(LinksConfig, _LINKS, _pop_table(tables, "links", faults), "links", faults)
-    discovery = _read(
+    cluster = read_section(ClusterConfig, _CLUSTER, _pop_table(tables, "cluster", faults), "cluster", faults)
+    node = read_section(NodeConfig, _NODE, _pop_table(tables, "node", faults), "node", faults)
+    tunnel = read_section(TunnelConfig, _TUNNEL, _pop_table(tables, "tunnel", faults), "tunnel", faults)
+    links = read_section(LinksConfig, _LINKS, _pop_table(tables, "links", faults), "links", faults)
+    discovery = read_section(
         DiscoveryConfig, _DISCOVERY, _pop_table(tables, "discovery", faults), "discovery", faults
     )
     # A peer's absent keys stand for ours; where ours are faulty any value does to find the peer's faults.
     defaults = cluster or ClusterConfig(()), tunnel or TunnelConfig()
     peers = _read_peers(tables, *defaults, faults)
-    _refuse_unknown(tables, ("cluster", "node", "tunnel", "links", "discovery", "peer"), "", faults)
+    refuse_unknown(tables, ("cluster", "node", "tunnel", "links", "discovery", "peer"), "", faults)
     if cluster is None or node is None or tunnel is None or links is None or discovery is None or faults:
         raise ConfigError(faults)
     config = Config(cluster, node, tunnel, links, discovery, peers)
@@ -156,7 +163,7 @@ def parse_peers(text: str, config: Config) -> tuple[PeerRecord, ...]:
     faults: list[Fault] = []
     tables = _decode(text)
     peers = _read_peers(tables, config.cluster, config.tunnel, faults)
-    _refuse_unknown(tables, ("peer",), "", faults)
+    refuse_unknown(tables, ("peer",), "", faults)
     if faults:
         raise ConfigError(faults)
     return peers
@@ -273,40 +280,10 @@ def _read_peers(
             "port": tunnel.port(encapsulation if encapsulation in ENCAPSULATIONS else "geneve"),
             "vni": cluster.vni,
         }
-        peer = _read(PeerRecord, _PEER, {**defaults, **row}, f"peer[{index}]", faults)
+        peer = read_section(PeerRecord, _PEER, {**defaults, **row}, f"peer[{index}]", faults)
         if peer is not None:
             peers.append(peer)
     return tuple(peers)
-
-
-def _read(
-    section: type[T], kinds: Mapping[str, _Kind], table: Mapping[str, Any], path: str, faults: list[Fault]
-) -> T | None:
-    """The section with the table's values, the dataclass's own defaults for what is absent; None if any
-    value was refused."""
-    before = len(faults)
-    _refuse_unknown(table, kinds, f"{path}.", faults)
-    values = {}
-    for item in fields(cast(Any, section)):
-        key = f"{path}.{item.name}"
-        if item.name in table:
-            try:
-                values[item.name] = kinds[item.name].convert(table[item.name])
-            except _RefusedError as refused:
-                faults += [Fault(key + suffix, value, allowed) for suffix, value, allowed in refused.parts]
-        elif item.default is dataclasses.MISSING:
-            faults.append(Fault(key, MISSING, kinds[item.name].allowed))
-    return section(**values) if len(faults) == before else None
-
-
-def _refuse_unknown(
-    table: Mapping[str, Any], known: Collection[str], prefix: str, faults: list[Fault]
-) -> None:
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(known)}"
-            faults.append(Fault(prefix + key, table[key], f"is not a key podloom knows; {hint}"))
 
 
 def _check_together(config: Config) -> Iterator[Fault]:
@@ -330,97 +307,17 @@ def _check_together(config: Config) -> Iterator[Fault]:
         yield Fault("links.tap", links.tap, "must differ from links.bridge")
 
 
-class _RefusedError(ValueError):
-    """A value that is not allowed: (where in it, the value there, what is allowed) of each wrong part."""
-
-    def __init__(self, *parts: tuple[str, Any, str]) -> None:
-        self.parts = parts
-        super().__init__(parts)
-
-
-class _Kind(NamedTuple):
-    """How a TOML value becomes ours, _RefusedError if it cannot, and the sentence on what is allowed."""
-
-    convert: Callable[[Any], Any]
-    allowed: str
-
-
-def _kind(toml_type: type, allowed: str, convert: Callable[[Any], Any] = lambda value: value) -> _Kind:
-    """A value of one TOML type; `convert` raises ValueError, with a text where more can be said."""
-
-    def checked(value: Any) -> Any:
-        if type(value) is not toml_type:  # not isinstance: TOML's true is no integer
-            raise _RefusedError(("", value, allowed))
-        try:
-            return convert(value)
-        except ValueError as error:
-            raise _RefusedError(("", value, str(error) or allowed)) from None
-
-    return _Kind(checked, allowed)
-
-
-def _integer(low: int, high: int, *, or_zero: bool = False) -> _Kind:
-    def convert(value: int) -> int:
-        if not (low <= value <= high or (or_zero and value == 0)):
-            raise ValueError
-        return value
-
-    return _kind(int, f"must be {'0 or ' if or_zero else ''}an integer from {low} to {high}", convert)
-
-
-def _one_of(*allowed: str) -> _Kind:
-    def convert(value: str) -> str:
-        if value not in allowed:
-            raise ValueError
-        return value
-
-    return _kind(str, "must be " + " or ".join(f'"{name}"' for name in allowed), convert)
-
-
-def _matching(pattern: str, allowed: str) -> _Kind:
-    def convert(value: str) -> str:
-        if not re.fullmatch(pattern, value) or value in (".", ".."):
-            raise ValueError
-        return value
-
-    return _kind(str, allowed, convert)
-
-
-def _list_of(kind: _Kind, allowed: str, *, at_least: int = 0, at_most: int | None = None) -> _Kind:
-    """A tuple of distinct values; each element's own fault names its index."""
-
-    def convert(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list) or len(value) < at_least or len(value) > (at_most or len(value)):
-            raise _RefusedError(("", value, allowed))
-        converted: list[Any] = []
-        parts: list[tuple[str, Any, str]] = []
-        for index, element in enumerate(value):
-            try:
-                item = kind.convert(element)
-            except _RefusedError as refused:
-                parts += [(f"[{index}]{suffix}", wrong, text) for suffix, wrong, text in refused.parts]
-                continue
-            if item in converted:
-                parts.append((f"[{index}]", element, "must not be listed twice"))
-            converted.append(item)
-        if parts:
-            raise _RefusedError(*parts)
-        return tuple(converted)
-
-    return _Kind(convert, allowed)
-
-
-def _endpoints() -> _Kind:
+def _endpoints() -> Kind:
     allowed = "must be a list of one IPv4 address, one IPv6 address, or one of each"
-    addresses = _list_of(_kind(str, "must be a unicast IP address", _endpoint), allowed, at_least=1)
+    addresses = list_of(kind_of(str, "must be a unicast IP address", _endpoint), allowed, at_least=1)
 
     def convert(value: Any) -> tuple[Address, ...]:
         endpoints: tuple[Address, ...] = addresses.convert(value)
         if len({endpoint.version for endpoint in endpoints}) != len(endpoints):
-            raise _RefusedError(("", value, allowed))
+            raise RefusedError(("", value, allowed))
         return endpoints
 
-    return _Kind(convert, allowed)
+    return Kind(convert, allowed)
 
 
 def _endpoint(text: str) -> Address:
@@ -494,9 +391,9 @@ _NOT_UNICAST: Final[tuple[Network, ...]] = tuple(
 )
 
 _ABSOLUTE = "must be an absolute path"
-_LINK_NAME = _matching(r"[A-Za-z0-9_.-]{1,15}", "must be 1 to 15 of A-Z a-z 0-9 _ . -")
+_LINK_NAME = matching(r"[A-Za-z0-9_.-]{1,15}", "must be 1 to 15 of A-Z a-z 0-9 _ . -")
 _NODE_ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
-_NODE_ID = _matching(
+_NODE_ID = matching(
     r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}",
     "must be 1 to 63 of A-Z a-z 0-9 _ . - and begin with a letter or digit",
 )
@@ -510,13 +407,13 @@ def _mac(text: str) -> bytes:
         raise ValueError(f"{_MAC_ALLOWED}; this is {error}") from None
 
 
-_MAC = _kind(str, _MAC_ALLOWED, _mac)
-_PORT = _integer(1, 65535)
-_VNI = _integer(0, MAX_VNI)
+_MAC = kind_of(str, _MAC_ALLOWED, _mac)
+_PORT = integer(1, 65535)
+_VNI = integer(0, MAX_VNI)
 
 _CLUSTER: Final = {
-    "cidrs": _list_of(
-        _kind(str, "must be a network", _cluster_cidr),
+    "cidrs": list_of(
+        kind_of(str, "must be a network", _cluster_cidr),
         "must be a list of the networks that all pods' addresses are from",
         at_least=1,
     ),
@@ -524,44 +421,44 @@ _CLUSTER: Final = {
 }
 _NODE: Final = {
     "endpoints": _endpoints(),
-    "prefixes": _list_of(
-        _kind(str, "must be a network", _node_prefix),
+    "prefixes": list_of(
+        kind_of(str, "must be a network", _node_prefix),
         "must be a list of the networks that this node's pods get addresses from",
         at_least=1,
     ),
     "id": _NODE_ID,
     "router_mac": _MAC,
-    "state_dir": _kind(str, _ABSOLUTE, _directory),
-    "run_dir": _kind(str, _ABSOLUTE, _run_directory),
+    "state_dir": kind_of(str, _ABSOLUTE, _directory),
+    "run_dir": kind_of(str, _ABSOLUTE, _run_directory),
 }
 _TUNNEL: Final = {
-    "encapsulation": _one_of(*ENCAPSULATIONS),
+    "encapsulation": one_of(*ENCAPSULATIONS),
     "geneve_port": _PORT,
-    "vxlan_ports": _list_of(
+    "vxlan_ports": list_of(
         _PORT, f"must be a list of at most {MAX_VXLAN_PORTS} UDP ports", at_most=MAX_VXLAN_PORTS
     ),
-    "vxlan_reserved_bits": _one_of("strict", "rfc"),
-    "underlay_mtu_bytes": _integer(MIN_UNDERLAY_MTU_BYTES, MAX_MTU_BYTES, or_zero=True),
+    "vxlan_reserved_bits": one_of("strict", "rfc"),
+    "underlay_mtu_bytes": integer(MIN_UNDERLAY_MTU_BYTES, MAX_MTU_BYTES, or_zero=True),
 }
 _LINKS: Final = {
     "bridge": _LINK_NAME,
     "tap": _LINK_NAME,
-    "tap_queue_frames": _integer(16, 65536),
-    "keep_on_exit": _kind(bool, "must be true or false"),
+    "tap_queue_frames": integer(16, 65536),
+    "keep_on_exit": kind_of(bool, "must be true or false"),
 }
 _DISCOVERY: Final = {
-    "source": _one_of("static"),
-    "file": _kind(str, _ABSOLUTE, _directory),
+    "source": one_of("static"),
+    "file": kind_of(str, _ABSOLUTE, _directory),
 }
 _PEER: Final = {
     "id": _NODE_ID,
     "endpoints": _endpoints(),
     "port": _PORT,
-    "encapsulation": _one_of(*ENCAPSULATIONS),
+    "encapsulation": one_of(*ENCAPSULATIONS),
     "vni": _VNI,
     "router_mac": _MAC,
-    "prefixes": _list_of(
-        _kind(str, "must be a network", _prefix),
+    "prefixes": list_of(
+        kind_of(str, "must be a network", _prefix),
         "must be a list of the networks that the peer's pods get addresses from",
         at_least=1,
     ),

@@ -142,28 +142,7 @@ class DataPlane:
 
     def apply(self, changes: Iterable[Change]) -> None:
         """Change the tables between two batches; no packet sees half of it."""
-        for change in changes:
-            match change:
-                case ForgetSource(address):
-                    self._peers.forget_source(address.packed)
-                case RemovePrefix(prefix):
-                    self._prefixes.remove(prefix.network_address.packed, prefix.prefixlen)
-                case ClearSlot(slot):
-                    self._peers.clear(slot)
-                case SetPath(slot, path):
-                    self._peers.set(
-                        slot,
-                        encapsulation=path.encapsulation,
-                        vni=path.vni,
-                        router_mac=path.router_mac,
-                        endpoint=path.endpoint.packed,
-                        port=path.port,
-                        mtu=path.mtu_bytes,
-                    )
-                case AllowSource(address, slot):
-                    self._peers.allow_source(address.packed, slot)
-                case InsertPrefix(prefix, slot):
-                    self._prefixes.insert(prefix.network_address.packed, prefix.prefixlen, slot)
+        apply_changes(changes, self._prefixes, self._peers)
 
     def counters(self) -> dict[str, dict[str, int]]:
         """By direction: packets and bytes. Why packets were dropped is in `drops`."""
@@ -178,3 +157,28 @@ class DataPlane:
 
     def peer_counters(self, slot: int) -> Mapping[str, int]:
         return self._peers.counters(slot)
+
+
+def apply_changes(changes: Iterable[Change], prefixes: PrefixTable, peers: PeerTable) -> None:
+    for change in changes:
+        match change:
+            case ForgetSource(address):
+                peers.forget_source(address.packed)
+            case RemovePrefix(prefix):
+                prefixes.remove(prefix.network_address.packed, prefix.prefixlen)
+            case ClearSlot(slot):
+                peers.clear(slot)
+            case SetPath(slot, path):
+                peers.set(
+                    slot,
+                    encapsulation=path.encapsulation,
+                    vni=path.vni,
+                    router_mac=path.router_mac,
+                    endpoint=path.endpoint.packed,
+                    port=path.port,
+                    mtu=path.mtu_bytes,
+                )
+            case AllowSource(address, slot):
+                peers.allow_source(address.packed, slot)
+            case InsertPrefix(prefix, slot):
+                prefixes.insert(prefix.network_address.packed, prefix.prefixlen, slot)

@@ -9,11 +9,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+PIPE_COLUMNS: Final = 200
+"""What is read by `grep` must not be folded to a terminal's width."""
+
 
 def show(verb: str, answer: Any) -> None:
     """Print one verb's answer on stdout."""
     # No markup: what is shown holds brackets of its own.
     console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
     for part in _VIEWS[verb](answer):
         console.print(part)
 

@@ -27,6 +27,7 @@ from forwarder.peers import (
     diff,
     tables_for,
 )
+from tests.unit.peer_histories import snapshots
 
 LOCAL = Local(
     id="a",
@@ -203,38 +204,6 @@ class FastPath:
                 case InsertPrefix(prefix, slot):
                     assert slot in self.paths, "a prefix of an empty slot"
                     self.prefixes[prefix] = slot
-
-
-def _record(number: int, owned: tuple[frozenset[int], frozenset[int]], detail: int) -> PeerRecord:
-    endpoints, prefixes = owned
-    return PeerRecord(
-        id=f"n{number}",
-        endpoints=tuple(IPv4Address(0xC0000200 + index) for index in sorted(endpoints)),
-        port=6081 + detail,
-        encapsulation=("geneve", "vxlan")[detail % 2],
-        vni=detail,
-        router_mac=bytes([2, 0, 0, 0, detail, number]),
-        prefixes=tuple(IPv4Network((0x0A2A0000 + (index << 8), 24)) for index in sorted(prefixes)),
-    )
-
-
-@st.composite
-def snapshots(draw: st.DrawFn) -> list[PeerRecord]:
-    """Up to six of eight nodes, who share out eight addresses and eight prefixes as they like."""
-    numbers = draw(st.lists(st.integers(0, 7), unique=True, max_size=6))
-    endpoints = draw(st.permutations(range(8)))
-    prefixes = draw(st.lists(st.sampled_from([*numbers, None]), min_size=8, max_size=8)) if numbers else []
-    return [
-        _record(
-            number,
-            (
-                frozenset({endpoints[place]}),
-                frozenset(index for index, owner in enumerate(prefixes) if owner == number),
-            ),
-            draw(st.integers(0, 2)),
-        )
-        for place, number in enumerate(numbers)
-    ]
 
 
 @given(st.lists(snapshots(), min_size=1, max_size=5))
