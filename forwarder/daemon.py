@@ -161,12 +161,11 @@ class Daemon:
             tap = await asyncio.to_thread(links.open_tap, wiring.tap, wiring.node_id, wiring.router_mac)
             stack.push_async_callback(self._remove_links)
             stack.callback(tap.close)
-            for operation in await asyncio.to_thread(links.ensure, self._wiring):
-                log.debug("%s", operation)
-            self._dataplane = DataPlane(
-                data_plane_settings(self._config, self._wiring), tap.fileno(), self._fail
-            )
+            # Sockets before links: a port in use is the likeliest failure, and then nothing was made yet.
+            self._dataplane = DataPlane(data_plane_settings(self._config, wiring), tap.fileno(), self._fail)
             stack.callback(self._dataplane.close)
+            for operation in await asyncio.to_thread(links.ensure, wiring):
+                log.debug("%s", operation)
             await self._follow()
             stack.push_async_callback(self._unfollow)
             self._dataplane.start()

@@ -298,6 +298,7 @@ def test_a_port_in_use_is_named(node: Node) -> None:
         holder.communicate()
     assert done.returncode == 1
     assert "cannot listen on 192.0.2.1 UDP port 4789: Address already in use" in done.stderr
+    assert node.namespace.link_names() == {"lo", "eth0", "wire"}, "a failed start leaves nothing behind"
 
 
 def test_an_endpoint_no_device_has_is_named(node: Node) -> None:
