@@ -1,7 +1,7 @@
 """Writing packets to the TAP, merged where that loses nothing."""
 
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from fastpath.drops cimport (
     DROP_INNER_CHECKSUM,
@@ -11,16 +11,19 @@ from fastpath.drops cimport (
     count_drop,
 )
 from fastpath.kernel.tap cimport tap_write
-from fastpath.linux cimport EAGAIN, EINVAL, ENOBUFS, iovec
+from fastpath.linux cimport EAGAIN, EINVAL, ENOBUFS
 from fastpath.offload.coalesce cimport (
     BUCKETS,
     NO_CHAIN,
     chain_finish,
     chain_offload,
+    chain_packet,
     chain_restore,
+    checksum_is_partial,
     coalesce_add,
     coalesce_reset,
     coalesce_superframe,
+    packet_offload,
     superframe_checksum,
     superframe_headers,
 )
@@ -52,9 +55,9 @@ cdef class Writer:
 
     cdef void put(self, const Frame *info, uint16_t slot) noexcept nogil:
         """Take a packet. borrowed: until flush()."""
-        if not coalesce_add(self.chains, info, slot, False):
+        if not coalesce_add(self.chains, info, slot):
             self.flush()
-            coalesce_add(self.chains, info, slot, False)
+            coalesce_add(self.chains, info, slot)
 
     cdef int put_superframe(self, const Frame *info, uint16_t slot, uint32_t mtu) noexcept nogil:
         """Take a packet longer than `mtu`, to be cut to it again; 0 or the Drop."""
@@ -79,9 +82,10 @@ cdef class Writer:
         cdef ssize_t written
         cdef uint64_t packet_bytes
         if chain.packets == 1:
-            memset(&offload, 0, sizeof(offload))
             if chain.superframe:
                 offload = chain_offload(chain, chain.headers, chain.superframe)
+            else:
+                offload = packet_offload(&chain.first, chain.partial)
             written = self._write(chain, 1, &offload)
             self._count(chain, 1, chain.pieces[1].iov_len, written)
             return
@@ -101,18 +105,16 @@ cdef class Writer:
         self._count(chain, chain.packets, packet_bytes, written)
 
     cdef void _write_singly(self, Chain *chain) noexcept nogil:
-        """Write each packet of the chain whole: behind the first, headers lie before each payload."""
+        """Write each packet of a restored chain whole."""
         cdef VnetHeader offload
-        cdef iovec *packet = &chain.pieces[1]
-        cdef iovec payload
+        cdef Frame info
         cdef int k
-        memset(&offload, 0, sizeof(offload))
         for k in range(1, chain.packets + 1):
-            if k > 1:
-                payload = chain.pieces[k]
-                packet.iov_base = <uint8_t *> payload.iov_base - chain.headers
-                packet.iov_len = payload.iov_len + chain.headers
-            self._count(chain, 1, packet.iov_len, self._write(chain, 1, &offload))
+            info = chain_packet(chain, k)
+            offload = packet_offload(&info, checksum_is_partial(&info))
+            chain.pieces[1].iov_base = info.packet
+            chain.pieces[1].iov_len = info.packet_length
+            self._count(chain, 1, info.packet_length, self._write(chain, 1, &offload))
 
     cdef ssize_t _write(self, Chain *chain, int pieces, const VnetHeader *offload) noexcept nogil:
         """Write the chain's first pieces behind one virtio and Ethernet header; bytes or -errno."""

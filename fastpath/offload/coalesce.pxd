@@ -7,10 +7,15 @@
 # A chain of two or more is handed over as NEEDS_CSUM, which the stack trusts: so each member's
 # checksum is verified before it joins, or the frame's corruption would be laundered.
 #
+# A peer on the same host may send packets whose checksum is only partial: its kernel never finished
+# it, because no wire was crossed. Such a field is the pseudo-header's sum. A field that is that sum
+# and does not verify is taken as partial; a corrupted packet looks so as seldom as it looks right.
+#
 # borrowed: every packet pointer, until the batch's buffers are received into again.
 
+from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from fastpath.linux cimport iovec
 from fastpath.offload.virtio cimport (
@@ -75,7 +80,8 @@ cdef struct Chain:
     uint16_t superframe     # segment size of a packet that came as a superframe already, else 0
     uint16_t slot           # the peer it came from
     uint8_t last_flags
-    bint verified           # the first packet's checksum was
+    bint partial            # the first packet's checksum is
+    bint verified           # the first packet's checksum is known to hold, or partial
     bint closed
     iovec pieces[1 + CHAIN_PACKETS]  # the writer's own header, the first packet whole, then payloads
     uint8_t saved[CHAIN_HEADERS]  # the first packet's headers before chain_finish()
@@ -96,12 +102,34 @@ cdef inline void coalesce_reset(Coalescer *all) noexcept nogil:
     all.count = 0
 
 
+cdef inline uint16_t pseudo_sum(const Frame *info) noexcept nogil:
+    """The pseudo-header's folded raw sum: what a partial checksum field holds."""
+    cdef uint32_t length = info.packet_length - info.header_length
+    cdef uint64_t total = <uint64_t> raw16(<uint16_t> length) + raw16(info.protocol)
+    return sum_fold(sum_add(info.source, 8 if info.family == 4 else 32, total))
+
+
 cdef inline bint transport_checksum_holds(const Frame *info) noexcept nogil:
     """The TCP or UDP checksum over the packet, pseudo-header included."""
     cdef uint32_t length = info.packet_length - info.header_length
-    cdef uint64_t total = <uint64_t> raw16(<uint16_t> length) + raw16(info.protocol)
-    total = sum_add(info.source, 8 if info.family == 4 else 32, total)
-    return sum_fold(sum_add(info.packet + info.header_length, length, total)) == 0xFFFF
+    return sum_fold(sum_add(info.packet + info.header_length, length, pseudo_sum(info))) == 0xFFFF
+
+
+cdef inline bint checksum_is_partial(const Frame *info) noexcept nogil:
+    cdef uint32_t length = info.packet_length - info.header_length
+    cdef const uint8_t *transport = info.packet + info.header_length
+    cdef uint16_t field
+    if info.is_fragment:
+        return False
+    if info.protocol == PROTOCOL_TCP and length >= TCP_HEADER:
+        memcpy(&field, transport + TCP_CHECKSUM, 2)
+    elif info.protocol == PROTOCOL_UDP and length >= UDP_HEADER and load16(transport + UDP_LENGTH) == length:
+        memcpy(&field, transport + UDP_CHECKSUM, 2)
+        if field == 0:
+            return False  # RFC 768: none was made
+    else:
+        return False
+    return field == pseudo_sum(info) and not transport_checksum_holds(info)
 
 
 cdef inline uint32_t mergeable_headers(const Coalescer *all, const Frame *info) noexcept nogil:
@@ -165,7 +193,7 @@ cdef inline bint same_tcp(const Chain *chain, const Frame *info) noexcept nogil:
 
 
 cdef inline bint chain_accepts(
-    Chain *chain, const Frame *info, uint32_t headers, uint32_t payload, bint trusted
+    Chain *chain, const Frame *info, uint32_t headers, uint32_t payload, bint partial
 ) noexcept nogil:
     if chain.closed or chain.headers != headers or payload > chain.size:
         return False
@@ -182,7 +210,7 @@ cdef inline bint chain_accepts(
         chain.closed = True
         return False
     chain.verified = True
-    return trusted or transport_checksum_holds(info)
+    return partial or transport_checksum_holds(info)
 
 
 cdef inline Chain *chain_begin(
@@ -199,6 +227,7 @@ cdef inline Chain *chain_begin(
     chain.flow = flow
     chain.packets = 1
     chain.superframe = 0
+    chain.partial = False
     chain.slot = slot
     chain.closed = True
     chain.pieces[1].iov_base = info.packet
@@ -206,11 +235,11 @@ cdef inline Chain *chain_begin(
     return chain
 
 
-cdef inline bint coalesce_add(Coalescer *all, const Frame *info, uint16_t slot, bint trusted) noexcept nogil:
-    """Take the packet into a chain; False if there is no room: finish all chains, then add again.
-    `trusted` packets carry a partial checksum that something stronger has vouched for."""
+cdef inline bint coalesce_add(Coalescer *all, const Frame *info, uint16_t slot) noexcept nogil:
+    """Take the packet into a chain; False if there is no room: finish all chains, then add again."""
     cdef uint32_t headers = mergeable_headers(all, info)
     cdef uint32_t payload = info.packet_length - headers
+    cdef bint partial = checksum_is_partial(info)
     cdef uint32_t flow = flow_hash(info)
     cdef int newest = all.newest[flow % BUCKETS]
     cdef Chain *chain
@@ -220,7 +249,7 @@ cdef inline bint coalesce_add(Coalescer *all, const Frame *info, uint16_t slot, 
         if (
             chain.flow == flow
             and chain.slot == slot
-            and chain_accepts(chain, info, headers, payload, trusted)
+            and chain_accepts(chain, info, headers, payload, partial)
         ):
             chain.packets += 1
             chain.pieces[chain.packets].iov_base = info.packet + headers
@@ -238,20 +267,14 @@ cdef inline bint coalesce_add(Coalescer *all, const Frame *info, uint16_t slot, 
     chain.headers = headers
     chain.size = payload
     chain.payload = payload
-    chain.verified = trusted
+    chain.partial = partial
+    chain.verified = partial
     chain.closed = headers == 0
     if headers and info.protocol == PROTOCOL_TCP:
         chain.next_sequence = load32(transport + TCP_SEQUENCE) + payload
         chain.last_flags = transport[TCP_FLAGS]
         chain.closed = transport[TCP_FLAGS] & TCP_PSH != 0
     return True
-
-
-cdef inline void partial_checksum(const Frame *info, uint8_t *field, uint32_t length) noexcept nogil:
-    """Leave the pseudo-header's sum in a TCP or UDP checksum field: what NEEDS_CSUM means."""
-    cdef uint64_t total = <uint64_t> raw16(<uint16_t> length) + raw16(info.protocol)
-    cdef uint16_t raw = sum_fold(sum_add(info.source, 8 if info.family == 4 else 32, total))
-    memcpy(field, &raw, 2)
 
 
 cdef inline VnetHeader chain_offload(const Chain *chain, uint32_t headers, uint32_t size) noexcept nogil:
@@ -276,7 +299,9 @@ cdef inline VnetHeader chain_finish(Chain *chain) noexcept nogil:
     cdef uint8_t *packet = chain.first.packet
     cdef uint8_t *transport = packet + chain.first.header_length
     cdef uint32_t length = chain.headers + chain.payload
+    cdef uint16_t sum
     memcpy(chain.saved, packet, chain.headers)
+    chain.first.packet_length = length
     if chain.first.family == 4:
         ipv4_set_length(packet, chain.first.header_length, <uint16_t> length)
     else:
@@ -285,13 +310,38 @@ cdef inline VnetHeader chain_finish(Chain *chain) noexcept nogil:
         transport[TCP_FLAGS] = chain.last_flags
     else:
         store16(transport + UDP_LENGTH, <uint16_t> (length - chain.first.header_length))
-    partial_checksum(&chain.first, transport + offload.checksum_offset, length - chain.first.header_length)
+    sum = pseudo_sum(&chain.first)
+    memcpy(transport + offload.checksum_offset, &sum, 2)
     return offload
 
 
 cdef inline void chain_restore(Chain *chain) noexcept nogil:
     """Undo chain_finish(), to write the packets one by one: each lies whole where it was received."""
     memcpy(chain.first.packet, chain.saved, chain.headers)
+
+
+cdef inline Frame chain_packet(const Chain *chain, int k) noexcept nogil:
+    """The k-th packet (1 is the first) of a restored chain: behind the first, headers lie before
+    each payload."""
+    cdef Frame info = chain.first
+    cdef ptrdiff_t source = chain.first.source - chain.first.packet
+    info.packet_length = <uint32_t> chain.pieces[k].iov_len
+    if k > 1:
+        info.packet = <uint8_t *> chain.pieces[k].iov_base - chain.headers
+        info.packet_length += chain.headers
+    info.source = info.packet + source
+    return info
+
+
+cdef inline VnetHeader packet_offload(const Frame *info, bint partial) noexcept nogil:
+    """How to treat a packet that is no superframe."""
+    cdef VnetHeader offload
+    memset(&offload, 0, sizeof(offload))
+    if partial:
+        offload.flags = VIRTIO_NEEDS_CSUM
+        offload.checksum_start = ETHERNET_HEADER + info.header_length
+        offload.checksum_offset = TCP_CHECKSUM if info.protocol == PROTOCOL_TCP else UDP_CHECKSUM
+    return offload
 
 
 # A local peer's kernel hands over a TCP superframe whole: one datagram, far longer than a packet may
@@ -310,18 +360,10 @@ cdef inline int superframe_headers(const Frame *info) noexcept nogil:
 
 cdef inline bint superframe_checksum(const Frame *info) noexcept nogil:
     """Make the checksum a partial one; False if it is neither partial nor right."""
-    cdef uint8_t *field = info.packet + info.header_length + TCP_CHECKSUM
-    cdef uint32_t length = info.packet_length - info.header_length
-    cdef uint16_t stands, partial
-    memcpy(&stands, field, 2)
-    partial_checksum(info, field, length)
-    memcpy(&partial, field, 2)
-    if stands == partial:
-        return True
-    memcpy(field, &stands, 2)
-    if not transport_checksum_holds(info):
+    cdef uint16_t sum = pseudo_sum(info)
+    if not checksum_is_partial(info) and not transport_checksum_holds(info):
         return False
-    memcpy(field, &partial, 2)
+    memcpy(info.packet + info.header_length + TCP_CHECKSUM, &sum, 2)
     return True
 
 

@@ -1,7 +1,6 @@
 """Python face of coalescing, for tests and benches."""
 
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
 
 from fastpath.drops import DropReason
 
@@ -30,9 +29,9 @@ def merge(list frames not None, *, bint tcp=True, bint udp=True):
             drop = classify_frame(copy, len(copy), &info)
             if drop:
                 raise ValueError(f"frame: {DropReason(drop).name}")
-            if not coalesce_add(all, &info, 1, False):
+            if not coalesce_add(all, &info, 1):
                 out += finish(all)
-                coalesce_add(all, &info, 1, False)
+                coalesce_add(all, &info, 1)
         out += finish(all)
     finally:
         free(all)
@@ -48,9 +47,7 @@ cdef list finish(Coalescer *all):
     cdef int i, k
     for i in range(all.count):
         chain = &all.chains[i]
-        memset(&offload, 0, sizeof(offload))
-        if chain.packets > 1:
-            offload = chain_finish(chain)
+        offload = chain_finish(chain) if chain.packets > 1 else packet_offload(&chain.first, chain.partial)
         virtio_encode(header, &offload)
         frame = (chain.first.packet - ETHERNET_HEADER)[:ETHERNET_HEADER]
         for k in range(1, chain.packets + 1):
