@@ -59,16 +59,15 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
         ("drops", "what was not forwarded, by direction and reason"),
     ):
         command = commands.add_parser(verb, help=about, description=_sentence(about))
-        command.add_argument("--json", action="store_true", help="one JSON value on stdout")
-        command.add_argument("--socket", type=Path, metavar="PATH", help="the daemon's control socket")
-        command.add_argument(
-            "-c",
-            "--config",
-            type=Path,
-            metavar="FILE",
-            help="the daemon's configuration, to find its socket by",
-        )
+        _add_socket(command)
         command.set_defaults(run=_show, verb=verb)
+
+    about = "switch one of the data plane's offloads while it runs"
+    offload = commands.add_parser("offload", help=about, description=_sentence(about))
+    offload.add_argument("name", metavar="NAME", help="as `podloom status` lists them")
+    offload.add_argument("state", choices=("on", "off"))
+    _add_socket(offload)
+    offload.set_defaults(run=_offload, verb="offload")
 
     about = "check the configuration and print the effective one"
     config = commands.add_parser("config", help=about, description=_sentence(about))
@@ -101,6 +100,18 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
+    parser.add_argument("--socket", type=Path, metavar="PATH", help="the daemon's control socket")
+    parser.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the daemon's configuration, to find its socket by",
+    )
+
+
 class _VersionAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from forwarder.version import podloom_version
@@ -128,8 +139,16 @@ def _config(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _offload(arguments: argparse.Namespace) -> int:
+    return _print(arguments, {"name": arguments.name, "on": arguments.state == "on"})
+
+
 def _show(arguments: argparse.Namespace) -> int:
-    answer = ask(_socket(arguments), arguments.verb)
+    return _print(arguments)
+
+
+def _print(arguments: argparse.Namespace, args: dict[str, object] | None = None) -> int:
+    answer = ask(_socket(arguments), arguments.verb, args)
     if arguments.json:
         json.dump(answer, sys.stdout, indent=2)
         sys.stdout.write("\n")

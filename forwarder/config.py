@@ -32,6 +32,7 @@ from forwarder.toml_values import (
 )
 
 DEFAULT_PATH: Final = Path("/etc/podloom/podloom.toml")
+SECTIONS: Final = ("cluster", "node", "tunnel", "links", "offload", "discovery")
 ENCAPSULATIONS: Final = ("geneve", "vxlan")
 MAX_VNI: Final = (1 << 24) - 1
 MAX_VXLAN_PORTS: Final = 3
@@ -86,6 +87,18 @@ class LinksConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OffloadConfig:
+    """What is to be used where the kernel has it; the names are those of `forwarder.offloads`."""
+
+    tso: bool = True
+    uso: bool = True
+    udp_segment: bool = True
+    udp_gro: bool = True
+    merge_tcp: bool = True
+    merge_udp: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class DiscoveryConfig:
     source: str = "static"
     file: Path = Path("/etc/podloom/peers.toml")
@@ -97,6 +110,7 @@ class Config:
     node: NodeConfig
     tunnel: TunnelConfig = field(default_factory=TunnelConfig)
     links: LinksConfig = field(default_factory=LinksConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
     peers: tuple[PeerRecord, ...] = ()
     """Those written in the main file; the discovery source's come on top."""
@@ -140,16 +154,17 @@ def parse(text: str) -> Config:
     node = read_section(NodeConfig, _NODE, _pop_table(tables, "node", faults), "node", faults)
     tunnel = read_section(TunnelConfig, _TUNNEL, _pop_table(tables, "tunnel", faults), "tunnel", faults)
     links = read_section(LinksConfig, _LINKS, _pop_table(tables, "links", faults), "links", faults)
+    offload = read_section(OffloadConfig, _OFFLOAD, _pop_table(tables, "offload", faults), "offload", faults)
     discovery = read_section(
         DiscoveryConfig, _DISCOVERY, _pop_table(tables, "discovery", faults), "discovery", faults
     )
     # A peer's absent keys stand for ours; where ours are faulty any value does to find the peer's faults.
     defaults = cluster or ClusterConfig(()), tunnel or TunnelConfig()
     peers = _read_peers(tables, *defaults, faults)
-    refuse_unknown(tables, ("cluster", "node", "tunnel", "links", "discovery", "peer"), "", faults)
-    if cluster is None or node is None or tunnel is None or links is None or discovery is None or faults:
+    refuse_unknown(tables, (*SECTIONS, "peer"), "", faults)
+    if not (cluster and node and tunnel and links and offload and discovery) or faults:
         raise ConfigError(faults)
-    config = Config(cluster, node, tunnel, links, discovery, peers)
+    config = Config(cluster, node, tunnel, links, offload, discovery, peers)
     # What values mean together can only be judged once each is sound by itself.
     faults = [*_check_together(config), *check(config.peers, config.local)]
     if faults:
@@ -175,7 +190,7 @@ def is_node_id(text: str) -> bool:
 
 def render(config: Config) -> str:
     """The effective configuration as TOML that parses to the same."""
-    sections = {name: getattr(config, name) for name in ("cluster", "node", "tunnel", "links", "discovery")}
+    sections = {name: getattr(config, name) for name in SECTIONS}
     lines = []
     for name, section in sections.items():
         lines += [f"[{name}]", *_render_fields(section), ""]
@@ -229,6 +244,11 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 # true leaves the bridge when the daemon stops, so that pods keep their wiring; false removes it.
 #keep_on_exit = {_toml(links.keep_on_exit)}
 
+[offload]
+# What the kernel may spare the data plane; it is probed, and `podloom status` says what is on and why
+# not. All true; they change nothing but speed, and can be changed while the daemon runs.
+{_offload_lines()}
+
 [discovery]
 # Where peers come from. "static": [[peer]] tables, here and in a file that is re-read when it changes.
 #source = "{discovery.source}"
@@ -247,6 +267,10 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 #port = 6081
 #vni = 1
 """
+
+
+def _offload_lines() -> str:
+    return "\n".join(f"#{line}" for line in _render_fields(OffloadConfig()))
 
 
 def _decode(text: str) -> dict[str, Any]:
@@ -446,6 +470,7 @@ _LINKS: Final = {
     "tap_queue_frames": integer(16, 65536),
     "keep_on_exit": kind_of(bool, "must be true or false"),
 }
+_OFFLOAD: Final = {item.name: kind_of(bool, "must be true or false") for item in fields(OffloadConfig)}
 _DISCOVERY: Final = {
     "source": one_of("static"),
     "file": kind_of(str, _ABSOLUTE, _directory),

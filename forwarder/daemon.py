@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ import uvloop
 from cni.service import CniService, NodeNetwork
 from forwarder import links
 from forwarder.addresses import format_mac, gateway_of
-from forwarder.config import Config, load
+from forwarder.config import SECTIONS, Config, load
 from forwarder.control.messages import Request
 from forwarder.control.server import ControlServer, VerbError
 from forwarder.dataplane import MAX_SLOTS, DataPlane, DataPlaneError, Settings
@@ -35,6 +35,7 @@ from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
 from forwarder.links import LinkError
 from forwarder.node import IdentityError, gateway_mac, identify
+from forwarder.offloads import ABOUT
 from forwarder.peers import OVERHEAD_BYTES, PeerRecord, Tables, TooManyPeersError, check, diff, tables_for
 from forwarder.reconcile import Wiring
 from forwarder.version import podloom_version
@@ -42,6 +43,12 @@ from forwarder.version import podloom_version
 log = logging.getLogger("podloom")
 
 MIN_IPV6_MTU_BYTES: Final = 1280  # RFC 8200 section 5
+
+MAX_DATAGRAM_BYTES: Final = 65507
+"""The largest UDP payload over IPv4, which bounds a run of datagrams too (UDP_SEGMENT)."""
+
+INNER_HEADER_BYTES: Final = 8 + 14
+"""Of every datagram: the tunnel header and the inner Ethernet header."""
 
 CNI_WORKERS: Final = 8
 
@@ -55,6 +62,7 @@ CHANGEABLE: Final = {
     "discovery.source",
     "discovery.file",
     "peers",
+    *(f"offload.{name}" for name in ABOUT),
 }
 """What SIGHUP and `reload` take over while running. The rest names sockets and links that traffic uses."""
 
@@ -286,6 +294,9 @@ class Daemon:
                     for key in frozen
                 ]
             )
+            for name, on in asdict(config.offload).items():
+                if f"offload.{name}" in changed:
+                    self._dataplane.set_offload(name, on)
             self._config = config
             await self._unfollow()
             await self._follow()
@@ -302,6 +313,8 @@ class Daemon:
                 return [self._peer(record) for record in self._records]
             case "drops":
                 return self._dataplane.drops()
+            case "offload":
+                return self._switch_offload(request.args)
             case "reload":
                 try:
                     return {"changed": await self._reload()}
@@ -309,7 +322,15 @@ class Daemon:
                     raise VerbError(str(error)) from None
             case "cni":
                 return await self._call_cni(request.args)
-        raise VerbError(f"verb = {request.verb!r}: must be status, peers, drops, reload or cni")
+        raise VerbError(f"verb = {request.verb!r}: must be status, peers, drops, offload, reload or cni")
+
+    def _switch_offload(self, args: dict[str, Any]) -> dict[str, Any]:
+        name, on = args.get("name"), args.get("on")
+        if name not in ABOUT or not isinstance(on, bool):
+            raise VerbError(f"offload takes name, one of {', '.join(ABOUT)}, and on, true or false")
+        offload = self._dataplane.set_offload(name, on)
+        log.info("offload %s is %s", name, "on" if offload.on else f"off: {offload.reason}")
+        return asdict(offload)
 
     async def _call_cni(self, args: dict[str, Any]) -> dict[str, Any]:
         environment, stdin = args.get("env"), args.get("stdin")
@@ -346,7 +367,7 @@ class Daemon:
                 "fault": self._discovery.fault,
             },
             "counters": self._dataplane.counters(),
-            "offloads": {"tap_checksum": {"on": True, "reason": None}},
+            "offloads": {name: asdict(offload) for name, offload in self._dataplane.offloads().items()},
         }
 
     def _peer(self, record: PeerRecord) -> dict[str, Any]:
@@ -417,6 +438,8 @@ def data_plane_settings(config: Config, wiring: Wiring) -> Settings:
             *((port, "vxlan") for port in config.tunnel.vxlan_ports),
         ),
         vxlan_reserved_bits=config.tunnel.vxlan_reserved_bits,
+        mtu_bytes=wiring.mtu_bytes,
+        offloads=asdict(config.offload),
     )
 
 
@@ -427,14 +450,15 @@ def node_network(wiring: Wiring) -> NodeNetwork:
         prefixes=wiring.usable_prefixes,
         gateways=tuple(gateway_of(prefix) for prefix in wiring.usable_prefixes),
         cluster_cidrs=wiring.cluster_cidrs,
-        gso_max_segs=None,
+        # One superframe of a pod is then one send: more segments would not fit into one datagram.
+        gso_max_segs=MAX_DATAGRAM_BYTES // (wiring.mtu_bytes + INNER_HEADER_BYTES),
     )
 
 
 def changed_keys(old: Config, new: Config) -> dict[str, Any]:
     """The keys whose values differ, with the new value."""
     changed: dict[str, Any] = {}
-    for section in ("cluster", "node", "tunnel", "links", "discovery"):
+    for section in SECTIONS:
         before, after = getattr(old, section), getattr(new, section)
         for item in fields(after):
             if getattr(before, item.name) != getattr(after, item.name):

@@ -16,10 +16,11 @@ from functools import partial
 from typing import Final
 
 from fastpath.kernel.tap import VNET_HEADER_SIZE, set_offloads, set_vnet_header_size
-from fastpath.kernel.udp import open_receiver, open_sender
+from fastpath.kernel.udp import open_receiver, open_sender, set_gro
 from fastpath.pump import Pump
 from fastpath.table import LOCAL_SLOT, MAX_PEERS, PeerTable, PrefixTable
 from forwarder.addresses import Address, Network
+from forwarder.offloads import ABOUT, Offload, judge
 from forwarder.peers import (
     AllowSource,
     Change,
@@ -54,6 +55,8 @@ class Settings:
     endpoints: tuple[Address, ...]
     listen: tuple[tuple[int, str], ...]
     vxlan_reserved_bits: str
+    mtu_bytes: int
+    offloads: Mapping[str, bool]
 
 
 class DataPlane:
@@ -67,16 +70,20 @@ class DataPlane:
         self._peers = PeerTable()
         self._receivers: list[int] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._wanted = dict.fromkeys(ABOUT, False)
+        self._refusals: dict[str, str] = {}
         self._descriptors = ExitStack()
         with ExitStack() as undo:
             undo.enter_context(self._descriptors)
             self._pump = self._open(settings)
+            for name, on in settings.offloads.items():
+                self.set_offload(name, on)
             undo.pop_all()
 
     def _open(self, settings: Settings) -> Pump:
         try:
             set_vnet_header_size(self._tap_fd, VNET_HEADER_SIZE)
-            set_offloads(self._tap_fd, checksum=True, tso=False, uso=False)
+            set_offloads(self._tap_fd, checksum=True, tso=False, uso=False)  # switched on one by one
         except OSError as error:
             raise DataPlaneError(f"the TAP refuses virtio headers: {error.strerror}") from error
         pump = Pump(
@@ -88,6 +95,7 @@ class DataPlane:
             prefixes=self._prefixes,
             peers=self._peers,
             vxlan_reserved_bits=settings.vxlan_reserved_bits,
+            mtu=settings.mtu_bytes,
         )
         for prefix in settings.prefixes:
             self._prefixes.insert(prefix.network_address.packed, prefix.prefixlen, LOCAL_SLOT)
@@ -102,7 +110,7 @@ class DataPlane:
 
     def _open_receiver(self, endpoint: Address, port: int) -> int:
         try:
-            return self._own(open_receiver(str(endpoint), port))
+            return self._own(open_receiver(str(endpoint), port, gro=False))
         except OSError as error:
             raise DataPlaneError(
                 f"cannot listen on {endpoint} UDP port {port}: {error.strerror}; is another tunnel on this "
@@ -143,6 +151,37 @@ class DataPlane:
     def apply(self, changes: Iterable[Change]) -> None:
         """Change the tables between two batches; no packet sees half of it."""
         apply_changes(changes, self._prefixes, self._peers)
+
+    def set_offload(self, name: str, on: bool) -> Offload:
+        """Switch one of `offloads.ABOUT` and say what came of it. KeyError if there is none of that name.
+
+        Switching on tries again what the kernel refused before."""
+        self._wanted[name] = on if name in ABOUT else self._wanted[name]
+        self._refusals.pop(name, None)
+        try:
+            if name in ("tso", "uso"):
+                set_offloads(self._tap_fd, checksum=True, tso=self._uses("tso"), uso=self._uses("uso"))
+            elif name == "udp_gro":
+                for descriptor in self._receivers:
+                    set_gro(descriptor, on)
+            else:
+                self._pump.set_offload(name, on)
+        except OSError as error:
+            self._refusals[name] = f"refused by the kernel: {error.strerror}"
+        return self.offloads()[name]
+
+    def _uses(self, name: str) -> bool:
+        return self._wanted[name] and name not in self._refusals
+
+    def offloads(self) -> dict[str, Offload]:
+        """Each of `offloads.ABOUT`. One that the pump had to give up while forwarding is off, too."""
+        given_up = {
+            name: "refused by the kernel while forwarding"
+            for name, on in self._pump.offloads.items()
+            if self._wanted[name] and not on
+        }
+        refusals = {**given_up, **self._refusals}
+        return {name: judge(self._wanted[name], refusals.get(name)) for name in ABOUT}
 
     def counters(self) -> dict[str, dict[str, int]]:
         """By direction: packets and bytes. Why packets were dropped is in `drops`."""

@@ -87,6 +87,10 @@ def _drops(drops: dict[str, dict[str, int]]) -> list[Any]:
     return [table if table.rows else "nothing was dropped"]
 
 
+def _offload(offload: dict[str, Any]) -> list[Any]:
+    return ["on" if offload["on"] else f"off: {offload['reason']}"]
+
+
 def _count(number: int) -> str:
     return f"{number:,}"
 
@@ -105,4 +109,9 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
-_VIEWS: Final[dict[str, Callable[[Any], list[Any]]]] = {"status": _status, "peers": _peers, "drops": _drops}
+_VIEWS: Final[dict[str, Callable[[Any], list[Any]]]] = {
+    "status": _status,
+    "peers": _peers,
+    "drops": _drops,
+    "offload": _offload,
+}

@@ -5,3 +5,6 @@ def open_receiver(address: str, port: int, *, receive_buffer_bytes: int = ..., g
 def open_sender(address: str, *, send_buffer_bytes: int = ...) -> int:
     """A non-blocking UDP socket bound to the address and a port of the kernel's choice, with
     the outer packet never fragmented (IP_PMTUDISC_DO). The caller closes it."""
+
+def set_gro(fd: int, on: bool) -> None:
+    """UDP_GRO: whether a train of equal datagrams may arrive as one. OSError as the kernel says."""

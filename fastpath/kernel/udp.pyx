@@ -2,6 +2,10 @@
 
 import socket
 
+from cpython.exc cimport PyErr_SetFromErrno
+
+from fastpath.linux cimport setsockopt
+
 # linux/in.h, linux/in6.h; the socket module does not name them all on every Python.
 cdef enum:
     IP_MTU_DISCOVER = 10
@@ -21,7 +25,7 @@ def open_receiver(address: str, port: int, *, receive_buffer_bytes: int = 7 << 2
         else:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
         if gro:
-            sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+            set_gro(sock.fileno(), True)
         grow(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, receive_buffer_bytes)
     except BaseException:
         sock.close()
@@ -42,6 +46,13 @@ def open_sender(address: str, *, send_buffer_bytes: int = 7 << 20) -> int:
         sock.close()
         raise
     return sock.detach()
+
+
+def set_gro(int fd, bint on):
+    """UDP_GRO: whether a train of equal datagrams may arrive as one. OSError as the kernel says."""
+    cdef int value = on
+    if setsockopt(fd, IPPROTO_UDP, UDP_GRO, &value, sizeof(value)) < 0:
+        PyErr_SetFromErrno(OSError)
 
 
 def bound(address: str, port: int) -> socket.socket:

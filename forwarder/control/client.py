@@ -23,10 +23,12 @@ class ControlError(RuntimeError):
     """No answer, or an answer that is an error; the text says what to do."""
 
 
-def ask(path: Path, verb: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> Any:
+def ask(
+    path: Path, verb: str, args: dict[str, Any] | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS
+) -> Any:
     """The result of one verb. ControlError if there is none within the time."""
     try:
-        line = _exchange(path, encode_request(Request(verb, {})), time.monotonic() + timeout_seconds)
+        line = _exchange(path, encode_request(Request(verb, args or {})), time.monotonic() + timeout_seconds)
         response = decode_response(line)
     except (FileNotFoundError, ConnectionRefusedError):
         raise ControlError(f"no podloom answers on {path}: start it with `podloom up`") from None

@@ -1,0 +1,34 @@
+"""What the kernel can spare the data plane, each a switch: the names, and what is said of one that is off.
+
+Pure. An offload is on if it is wanted and the kernel has not refused it; nothing but speed depends on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+ABOUT: Final = {
+    "tso": "TCP superframes from the TAP",
+    "uso": "UDP superframes from the TAP (Linux 6.2)",
+    "udp_segment": "one send for a run of datagrams (UDP_SEGMENT)",
+    "udp_gro": "one receive for a train of datagrams (UDP_GRO)",
+    "merge_tcp": "TCP merged to superframes on the way to the TAP",
+    "merge_udp": "UDP merged to superframes on the way to the TAP (Linux 6.2)",
+}
+
+SWITCHED_OFF: Final = "switched off"
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """`reason` says why it is off, and is None when it is on."""
+
+    on: bool
+    reason: str | None
+
+
+def judge(wanted: bool, refusal: str | None) -> Offload:
+    if not wanted:
+        return Offload(False, SWITCHED_OFF)
+    return Offload(refusal is None, refusal)
