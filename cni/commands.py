@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
+from typing import Any
 
-from cni import netlink, netns
-from cni.ipam import IpAddress, IpNetwork, Pool
+from cni import bpf, delegate, guard, netlink, netns
+from cni.ipam import IpAddress, IpNetwork, RangeSet
+from cni.netconf import MIN_IPV6_MTU, OWN_IPAM, NetConf, ipam_type_of, parse_netconf, pools_for
 from cni.netlink import Link, Netlink, VethEnd
 from cni.request import Attachment, Request
 from cni.result import CniError, Code, Interface, Ip, Result, Route
-from cni.store import Lease, PoolExhaustedError, Record, Store
+from cni.store import (
+    AddressNotOursError,
+    AddressTakenError,
+    Holder,
+    Lease,
+    PoolExhaustedError,
+    Record,
+    Store,
+)
 
 ALIAS_MARK = "podloom "
 """How the ifalias of every host end begins: it tells our links from others'."""
 _ALIAS_MAX = 255  # IFALIASZ less the closing NUL, linux/if.h
 
 _ANYWHERE: dict[int, IpAddress] = {4: IPv4Address(0), 6: IPv6Address(0)}
+
+NO_GUARD = (
+    "this kernel cannot hold pods to their own addresses, which takes eBPF traffic control programs "
+    '(CONFIG_NET_CLS_BPF); "spoofCheck": false in the configuration does without'
+)
 
 _LATER_METRIC = 2048  # worse than IPv6's default of 1024 (IP6_RT_PRIO_USER, net/ip6_route.h)
 
@@ -45,41 +60,67 @@ class NodeNetwork:
     gateways: tuple[IpAddress, ...]
     cluster_cidrs: tuple[IpNetwork, ...]
     gso_max_segs: int | None = None  # None: leave the kernel's default
+    tunnel_ports: tuple[int, ...] = (6081, 4789, 8472)  # UDP; pods may not send to them on nodes
 
-    def pools(self) -> tuple[Pool, ...]:
-        return tuple(Pool.of_prefix(*pair) for pair in zip(self.prefixes, self.gateways, strict=True))
+    def range_sets(self, conf: NetConf) -> tuple[RangeSet, ...]:
+        """What an attachment gets addresses from. A dual-stack node without IPv6 still serves IPv4."""
+        found = pools_for(conf, self.prefixes, self.gateways)
+        if not netlink.ipv6_present():
+            found = tuple(range_set for range_set in found if range_set[0].low.version == 4)
+        if not found:
+            raise CniError(Code.TRY_AGAIN_LATER, "this node has no prefix that its kernel could serve")
+        return found
 
 
-def add(request: Request, network: NodeNetwork, store: Store, host: Netlink, now: float) -> Result:
+@dataclass(frozen=True)
+class _Given:
+    """What an attachment got. Without routes from an IPAM plugin, everything goes through the gateways."""
+
+    leases: tuple[Lease, ...]
+    routes: tuple[netlink.Route, ...] | None = None
+    dns: Mapping[str, Any] | None = None
+
+
+def add(
+    request: Request, network: NodeNetwork, store: Store, host: Netlink, clock: Callable[[], float]
+) -> Result:
     """Wire the pod's interface and give it its addresses; nothing is left behind when this raises.
 
     Each undo is registered before its step, because a step that raises may still have been done.
     """
     attachment = request.attachment
-    host_ifname = host_ifname_of(attachment)
+    conf = parse_netconf(request.config or {}, request.args or {})
+    mtu = _mtu(conf, network)
     with _opened_netns(request) as netns_fd, netns.call_in(netns_fd, Netlink) as pod, ExitStack() as undo:
-        _refuse_existing(attachment, store, host, pod)
+        _refuse_existing(request, store, host, pod)
         bridge = host.find_link(network.bridge)
         if bridge is None:
             raise CniError(
                 Code.TRY_AGAIN_LATER, f"the bridge {network.bridge} is missing; is `podloom up` running?"
             )
         undo.callback(store.forget, attachment)
-        leases = _reserve(request, host_ifname, network, store, now)
+        given = _reserve(request, conf, network, store, clock())
+        mac = conf.mac or (_mac_of(given.leases) if given else _mac("02", _digest(attachment)))
 
-        ours = VethEnd(host_ifname, _mac_of_port(attachment), network.mtu, network.gso_max_segs)
-        theirs = VethEnd(request.ifname, _mac_of(leases), network.mtu, network.gso_max_segs)
-        undo.callback(_delete_port, attachment, host)
+        ours = VethEnd(host_ifname_of(attachment), _mac_of_port(attachment), mtu, network.gso_max_segs)
+        theirs = VethEnd(request.ifname, mac, mtu, network.gso_max_segs)
+        undo.callback(delete_port, attachment, host)
         host.add_veth(ours, theirs, netns_fd, bridge.index)
-        netlink.set_link_sysctls(host_ifname, _PORT_SYSCTLS)
-        host.set_port_up(host_ifname, alias_of(attachment))
+        netlink.set_link_sysctls(ours.name, _PORT_SYSCTLS)
+        netns.call_in(netns_fd, netlink.set_link_sysctls, request.ifname, _POD_SYSCTLS)
+        if given is None:
+            # The dhcp plugin talks through the link, so it must be there and up.
+            host.set_port_up(ours.name, alias_of(attachment))
+            pod.set_up(request.ifname)
+            undo.callback(_undelegate, request, conf.ipam_type)
+            given = _delegated(request, conf, network)
+            store.hold(attachment, given.leases)
+        if conf.spoof_check:
+            _attach_guard(host, ours.name, mac, given.leases, network)
+        host.set_port_up(ours.name, alias_of(attachment))
+        routes = _configure_pod(pod, request.ifname, given, netns_fd)
 
-        families = {lease.address.version for lease in leases}
-        sysctls = _POD_SYSCTLS | ({"ipv6.disable_ipv6": 0} if 6 in families else {})
-        netns.call_in(netns_fd, netlink.set_link_sysctls, request.ifname, sysctls)
-        routes = _configure_pod(pod, request.ifname, leases)
-
-        store.complete(attachment, now)
+        store.complete(attachment, clock())
         undo.pop_all()
     made = Result(
         interfaces=(
@@ -87,10 +128,11 @@ def add(request: Request, network: NodeNetwork, store: Store, host: Netlink, now
             Interface(theirs.name, theirs.mac, request.netns, theirs.mtu),
         ),
         ips=tuple(
-            Ip(f"{lease.address}/{lease.address.max_prefixlen}", str(lease.gateway), 1) for lease in leases
+            Ip(f"{lease.address}/{lease.address.max_prefixlen}", str(lease.gateway), 1)
+            for lease in given.leases
         ),
         routes=routes,
-        dns=(request.config or {}).get("dns", {}),
+        dns=conf.dns or given.dns or {},
     )
     return request.previous.followed_by(made) if request.previous else made
 
@@ -98,9 +140,13 @@ def add(request: Request, network: NodeNetwork, store: Store, host: Netlink, now
 def delete(request: Request, store: Store, host: Netlink, now: float) -> None:
     """Remove the interface and release its addresses. Succeeds when there is nothing left to do.
 
-    The link goes first: an address must not be given out again while a link still carries it.
+    The link goes first: an address must not be given out again while a link still carries it. When the
+    IPAM plugin fails the record stays, so that the call can be repeated.
     """
-    _delete_port(request.attachment, host)
+    ipam_type = ipam_type_of(request.config or {})
+    delete_port(request.attachment, host)
+    if ipam_type != OWN_IPAM:
+        delegate.call(ipam_type, request)
     store.release(request.attachment, now)
 
 
@@ -115,9 +161,14 @@ def check(request: Request, store: Store, host: Netlink) -> None:
     for lease in record.leases:
         if f"{lease.address}/{lease.address.max_prefixlen}" not in promised:
             raise _failed(f"{lease.address} is held for {_shown(request.attachment)} but not in prevResult")
+    conf = parse_netconf(request.config or {}, request.args or {})
     with _opened_netns(request) as netns_fd, netns.call_in(netns_fd, Netlink) as pod:
         port = _checked_port(host, record)
-        _check_pod(pod, request.ifname, port, record)
+        if conf.spoof_check and not _is_guarded(host, port):
+            raise _failed(f"{port.name} has lost its anti-spoofing program")
+        _check_pod(pod, request.ifname, port, record, with_routes=not conf.delegated)
+    if conf.delegated:
+        delegate.call(conf.ipam_type, request)
 
 
 def host_ifname_of(attachment: Attachment) -> str:
@@ -150,13 +201,15 @@ def _opened_netns(request: Request) -> Iterator[int]:
         os.close(netns_fd)
 
 
-def _refuse_existing(attachment: Attachment, store: Store, host: Netlink, pod: Netlink) -> None:
+def _refuse_existing(request: Request, store: Store, host: Netlink, pod: Netlink) -> None:
     """A second ADD is an error; the remains of one that was killed half way are cleared away."""
+    attachment = request.attachment
     record = store.find(attachment)
     if record is not None and record.attached_at is not None:
         raise CniError(Code.ALREADY_ATTACHED, f"{_shown(attachment)} is attached already; DEL comes first")
     if record is not None:
-        _delete_port(attachment, host)
+        delete_port(attachment, host)
+        _undelegate(request, ipam_type_of(request.config or {}))
         store.forget(attachment)
     if pod.find_link(attachment.ifname) is not None:
         raise CniError(
@@ -169,38 +222,122 @@ def _refuse_existing(attachment: Attachment, store: Store, host: Netlink, pod: N
         host.delete_link(port.name)
 
 
+def _mtu(conf: NetConf, network: NodeNetwork) -> int:
+    mtu = conf.mtu or network.mtu
+    least = MIN_IPV6_MTU if any(prefix.version == 6 for prefix in network.prefixes) else 0
+    if not least <= mtu <= network.mtu:
+        raise CniError(
+            Code.INVALID_CONFIG, f"mtu is {mtu}; it must be {least or 'at least 68'} to {network.mtu} here"
+        )
+    return mtu
+
+
 def _reserve(
-    request: Request, host_ifname: str, network: NodeNetwork, store: Store, now: float
-) -> tuple[Lease, ...]:
-    pools = network.pools()
-    if not netlink.ipv6_present():
-        # A dual-stack node whose kernel has no IPv6 still serves IPv4.
-        pools = tuple(pool for pool in pools if pool.low.version == 4)
-    if not pools:
-        raise CniError(Code.TRY_AGAIN_LATER, "this node has no prefix that its kernel could serve")
+    request: Request, conf: NetConf, network: NodeNetwork, store: Store, now: float
+) -> _Given | None:
+    """Make the record, with addresses of our own; None when an IPAM plugin is to give them."""
     args = request.args or {}
-    pod = (args.get("K8S_POD_NAMESPACE", ""), args.get("K8S_POD_NAME", ""))
+    holder = Holder(
+        host_ifname_of(request.attachment),
+        network.bridge,
+        args.get("K8S_POD_NAMESPACE", ""),
+        args.get("K8S_POD_NAME", ""),
+        conf.mac,
+    )
     try:
-        return store.reserve(request.attachment, host_ifname, network.bridge, pools, now, pod)
-    except PoolExhaustedError as error:
+        if conf.delegated:
+            store.adopt(request.attachment, holder, now)
+            return None
+        return _Given(
+            store.reserve(request.attachment, holder, network.range_sets(conf), now, conf.requested)
+        )
+    except (PoolExhaustedError, AddressTakenError) as error:
         raise CniError(Code.TRY_AGAIN_LATER, str(error)) from None
+    except AddressNotOursError as error:
+        raise CniError(Code.INVALID_CONFIG, str(error)) from None
 
 
-def _configure_pod(pod: Netlink, ifname: str, leases: Sequence[Lease]) -> tuple[Route, ...]:
-    """Addresses, link up, routes; returns the default routes as the result tells them."""
+def _delegated(request: Request, conf: NetConf, network: NodeNetwork) -> _Given:
+    """What the IPAM plugin gives, made to fit a routed pod: each address alone, behind a gateway."""
+    result = delegate.call(conf.ipam_type, request)
+    leases = []
+    for item in result.ips if result else ():
+        try:
+            address = ip_interface(item.address).ip
+            gateway = ip_address(item.gateway) if item.gateway else None
+        except ValueError as error:
+            raise CniError(Code.INVALID_CONFIG, f"IPAM plugin {conf.ipam_type}: {error}") from None
+        own = [pair for pair in zip(network.prefixes, network.gateways, strict=True) if address in pair[0]]
+        if not own:
+            raise CniError(
+                Code.INVALID_CONFIG,
+                f"IPAM plugin {conf.ipam_type} gave {address}, which is outside of this node's prefixes "
+                f"{', '.join(map(str, network.prefixes))}: other nodes would not find it",
+            )
+        leases.append(Lease(address, gateway or own[0][1]))
+    if result is None or not leases:
+        raise CniError(Code.INVALID_CONFIG, f"IPAM plugin {conf.ipam_type} gave no address")
+    return _Given(tuple(leases), _given_routes(conf.ipam_type, result, leases), result.dns)
+
+
+def _given_routes(
+    ipam_type: str, result: Result, leases: Sequence[Lease]
+) -> tuple[netlink.Route, ...] | None:
+    gateways = {lease.gateway.version: lease.gateway for lease in reversed(leases)}
+    routes = []
+    for item in result.routes:
+        try:
+            dst = ip_network(item.dst, strict=False)
+            gateway = ip_address(item.gw) if item.gw else gateways.get(dst.version)
+        except ValueError as error:
+            raise CniError(Code.INVALID_CONFIG, f"IPAM plugin {ipam_type}: {error}") from None
+        if gateway is not None:
+            routes.append(netlink.Route(dst.network_address, dst.prefixlen, gateway))
+    return tuple(routes) or None
+
+
+def _undelegate(request: Request, ipam_type: str) -> None:
+    if ipam_type != OWN_IPAM:
+        delegate.call(ipam_type, request, "DEL")
+
+
+def _attach_guard(host: Netlink, name: str, mac: str, leases: Sequence[Lease], network: NodeNetwork) -> None:
+    port = host.find_link(name)
+    if port is None:
+        raise CniError(Code.KERNEL_REFUSED, f"{name} vanished from the node")
+    addresses = tuple(lease.address for lease in leases)
+    allowed = guard.Allowance(mac, addresses, network.cluster_cidrs, network.tunnel_ports)
+    try:
+        program = bpf.load(guard.program(allowed))
+        try:
+            if not bpf.attach_tcx(program, port.index):
+                host.add_ingress_filter(port.index, program, bpf.NAME)
+        finally:
+            os.close(program)
+    except (bpf.BpfError, netlink.NetlinkError) as error:
+        raise CniError(Code.KERNEL_REFUSED, NO_GUARD, str(error)) from None
+
+
+def _is_guarded(host: Netlink, port: Link) -> bool:
+    return bpf.attached_to_tcx(port.index) or host.has_ingress_filter(port.index, bpf.NAME)
+
+
+def _configure_pod(pod: Netlink, ifname: str, given: _Given, netns_fd: int) -> tuple[Route, ...]:
+    """Addresses, link up, routes; returns the routes through a gateway as the result tells them."""
     link = pod.find_link(ifname)
     if link is None:
         raise CniError(Code.KERNEL_REFUSED, f"{ifname} vanished from the pod's namespace")
-    for lease in leases:
+    if any(lease.address.version == 6 for lease in given.leases):
+        netns.call_in(netns_fd, netlink.set_link_sysctls, ifname, {"ipv6.disable_ipv6": 0})
+    for lease in given.leases:
         pod.add_address(link.index, lease.address)
     pod.set_up(ifname)
     made = []
-    for lease in leases:
-        for route in _routes_of(lease):
-            metric = _add_route(pod, link.index, route)
-            if route.gateway is not None:
-                details = {"priority": metric} if metric else {}
-                made.append(Route(f"{route.dst}/{route.length}", str(route.gateway), details))
+    for route in _routes_of(given):
+        metric = _add_route(pod, link.index, route)
+        if route.gateway is not None:
+            details = {"priority": metric} if metric else {}
+            made.append(Route(f"{route.dst}/{route.length}", str(route.gateway), details))
     return tuple(made)
 
 
@@ -214,17 +351,22 @@ def _add_route(pod: Netlink, index: int, route: netlink.Route) -> int:
     return metric
 
 
-def _routes_of(lease: Lease) -> tuple[netlink.Route, ...]:
-    """The gateway on the link, then everything through it: the address alone has no neighbours."""
-    to_gateway = netlink.Route(lease.gateway, lease.gateway.max_prefixlen)
-    return to_gateway, netlink.Route(_ANYWHERE[lease.gateway.version], 0, lease.gateway)
+def _routes_of(given: _Given) -> tuple[netlink.Route, ...]:
+    """Each gateway on the link, then what goes through it: the address alone has no neighbours."""
+    gateways = dict.fromkeys(lease.gateway for lease in given.leases)
+    on_link = (netlink.Route(gateway, gateway.max_prefixlen) for gateway in gateways)
+    if given.routes is not None:
+        return (*on_link, *given.routes)
+    versions = {gateway.version: gateway for gateway in reversed(gateways)}
+    default = (netlink.Route(_ANYWHERE[version], 0, versions[version]) for version in sorted(versions))
+    return (*on_link, *default)
 
 
-def _delete_port(attachment: Attachment, host: Netlink) -> None:
+def delete_port(attachment: Attachment, host: Netlink) -> None:
     """Delete the host end, its peer with it. Another's link of that name is left alone."""
     port = host.find_link(host_ifname_of(attachment))
     if port is not None and _is_port_of(attachment, port):
-        host.delete_link(port.name)
+        netlink.delete_and_go_on(host, port.name)
 
 
 def _is_port_of(attachment: Attachment, port: Link) -> bool:
@@ -246,7 +388,7 @@ def _checked_port(host: Netlink, record: Record) -> Link:
     return port
 
 
-def _check_pod(pod: Netlink, ifname: str, port: Link, record: Record) -> None:
+def _check_pod(pod: Netlink, ifname: str, port: Link, record: Record, *, with_routes: bool) -> None:
     link = pod.find_link(ifname)
     if link is None:
         raise _failed(f"{ifname} is missing in the pod")
@@ -258,9 +400,10 @@ def _check_pod(pod: Netlink, ifname: str, port: Link, record: Record) -> None:
     for lease in record.leases:
         if (lease.address, lease.address.max_prefixlen) not in addresses:
             raise _failed(f"{ifname} in the pod has lost its address {lease.address}")
-        for route in _routes_of(lease):
-            if route not in routes:
-                raise _failed(f"the pod has no route to {route.dst}/{route.length} through {ifname}")
+    # Which routes an IPAM plugin gave is in prevResult, where later plugins may have changed them.
+    for route in _routes_of(_Given(record.leases)) if with_routes else ():
+        if route not in routes:
+            raise _failed(f"the pod has no route to {route.dst}/{route.length} through {ifname}")
 
 
 def _mac_of(leases: Sequence[Lease]) -> str:

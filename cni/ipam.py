@@ -15,11 +15,12 @@ IpNetwork = IPv4Network | IPv6Network
 
 @dataclass(frozen=True)
 class Pool:
-    """Addresses low..high, both included, of one family, less the gateway."""
+    """Addresses low..high, both included, of one family, less the gateway and `excluded` (first, last)."""
 
     low: IpAddress
     high: IpAddress
     gateway: IpAddress
+    excluded: tuple[tuple[IpAddress, IpAddress], ...] = ()
 
     @classmethod
     def of_prefix(cls, prefix: IpNetwork, gateway: IpAddress) -> Pool:
@@ -29,6 +30,24 @@ class Pool:
 
     def __str__(self) -> str:
         return f"{self.low} to {self.high}"
+
+    def may_give(self, address: IpAddress) -> bool:
+        return (
+            address.version == self.low.version
+            and int(self.low) <= int(address) <= int(self.high)
+            and self.barred_until(int(address)) is None
+        )
+
+    def barred_until(self, number: int) -> int | None:
+        """The end of the stretch of never given addresses that `number` lies in, if it does."""
+        for first, last in ((self.gateway, self.gateway), *self.excluded):
+            if first.version == self.low.version and int(first) <= number <= int(last):
+                return int(last)
+        return None
+
+
+RangeSet = tuple[Pool, ...]
+"""An attachment gets one address of each range set, from the first of its pools that has one left."""
 
 
 def first_gap(low: int, high: int, taken: Iterable[int]) -> int | None:
@@ -48,14 +67,15 @@ def choose(
 
     `taken_within(low, high)` gives the taken numbers in that range ascending; it is read as far as needed.
     """
-    low, high, gateway = int(pool.low), int(pool.high), int(pool.gateway)
+    low, high = int(pool.low), int(pool.high)
     start = low if last is None or not low <= int(last) < high else int(last) + 1
     for first, end in ((start, high), (low, start - 1)):
         while first <= end:
             number = first_gap(first, end, taken_within(first, end))
             if number is None:
                 break
-            if number != gateway:
+            barred = pool.barred_until(number)
+            if barred is None:
                 return type(pool.low)(number)
-            first = number + 1
+            first = barred + 1
     return None

@@ -11,6 +11,8 @@ import os
 import socket
 import struct
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -35,6 +37,12 @@ _NLMSGERR_ATTR_MSG = 1
 # linux/rtnetlink.h
 _NEWLINK, _DELLINK, _GETLINK, _NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE = 16, 17, 18, 20, 22, 24, 26
 _TABLE_MAIN, _PROTO_STATIC, _SCOPE_UNIVERSE, _SCOPE_LINK, _UNICAST = 254, 4, 0, 253, 1
+_NEWQDISC, _NEWTFILTER, _GETTFILTER = 36, 44, 46
+_TCMSG = struct.Struct("=BxxxiIII")  # struct tcmsg: family, ifindex, handle, parent, info
+_CLSACT_HANDLE, _CLSACT, _CLSACT_INGRESS = 0xFFFF0000, 0xFFFFFFF1, 0xFFFFFFF2  # linux/pkt_sched.h
+_TCA_KIND, _TCA_OPTIONS = 1, 2
+_TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _DIRECT_ACTION = 6, 7, 8, 1  # linux/pkt_cls.h
+_ETH_P_ALL = 0x0003
 _IFA_F_NODAD = 0x02
 _IFF_UP = 0x1
 _SKIP_STATISTICS = 1 << 3
@@ -226,6 +234,37 @@ class Netlink:
                     found.add(Route(dst, item["dst_len"], ip_address(gateway) if gateway else None))
         return frozenset(found)
 
+    def links(self) -> list[Link]:
+        """Every link of the namespace."""
+        message = ifinfmsg()
+        message["attrs"] = [("IFLA_EXT_MASK", _SKIP_STATISTICS)]
+        return [_link(item) for item in self._request(_GETLINK, _F_DUMP, message, "list links")]
+
+    def add_ingress_filter(self, index: int, program_fd: int, name: str) -> None:
+        """Let the eBPF program decide over what comes in on link `index`, by a clsact qdisc."""
+        qdisc = _TCMSG.pack(0, index, _CLSACT_HANDLE, _CLSACT, 0) + _attribute(_TCA_KIND, b"clsact\0")
+        self._acknowledged(_NEWQDISC, qdisc, f"add a clsact qdisc for {name}")
+        options = (
+            _attribute(_TCA_BPF_FD, struct.pack("=I", program_fd))
+            + _attribute(_TCA_BPF_NAME, name.encode() + b"\0")
+            + _attribute(_TCA_BPF_FLAGS, struct.pack("=I", _DIRECT_ACTION))
+        )
+        info = 1 << 16 | socket.htons(_ETH_P_ALL)  # priority, protocol
+        body = _TCMSG.pack(0, index, 0, _CLSACT_INGRESS, info)
+        body += _attribute(_TCA_KIND, b"bpf\0") + _attribute(_TCA_OPTIONS, options)
+        self._acknowledged(_NEWTFILTER, body, f"add filter {name}")
+
+    def has_ingress_filter(self, index: int, name: str) -> bool:
+        from pyroute2.netlink.rtnl.tcmsg import tcmsg  # only kernels before tcx come here
+
+        body = _TCMSG.pack(0, index, 0, _CLSACT_INGRESS, 0)
+        found, _ = self._exchange(_GETTFILTER, _F_REQUEST | _F_DUMP, body, tcmsg, "list filters")
+        options = [item.get_attr("TCA_OPTIONS") for item in found]
+        return any(option is not None and option.get_attr("TCA_BPF_NAME") == name for option in options)
+
+    def _acknowledged(self, kind: int, body: bytes, what: str) -> None:
+        self._exchange(kind, _F_REQUEST | _F_CREATE | _F_EXCL | _F_ACK, body, bytes, what)
+
     def _change(self, kind: int, flags: int, message: Any, what: str) -> None:
         self._request(kind, flags | _F_ACK, message, what)
 
@@ -271,6 +310,31 @@ class Netlink:
             length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
             yield kind, flags, sequence, data[offset : offset + length]
             offset += max(_aligned(length), _HEADER.size)
+
+
+def delete_and_go_on(host: Netlink, name: str) -> None:
+    """Delete `name`; return when it and its peer are out of their namespaces.
+
+    The kernel answers only when it has also freed them, some RCU grace periods and about 10 ms later. That
+    is waited for on another thread, which a process outlives: it ends by itself.
+    """
+    failure: list[BaseException] = []
+    with_answer = Netlink()
+
+    def delete() -> None:
+        with with_answer:
+            try:
+                with_answer.delete_link(name)
+            except BaseException as error:
+                failure.append(error)
+
+    thread = threading.Thread(target=delete, name="delete-link")
+    thread.start()
+    # A look waits while the kernel unhooks the link, since both need its lock; before that it finds the link.
+    while host.find_link(name) is not None and thread.is_alive():
+        time.sleep(0.0002)
+    if not thread.is_alive() and failure:
+        raise failure[0]
 
 
 def ipv6_present() -> bool:
@@ -331,6 +395,11 @@ def _raise_refusal(kind: int, flags: int, part: bytes, what: str) -> None:
             reason = part[offset + _ATTRIBUTE.size : offset + length].rstrip(b"\0").decode(errors="replace")
         offset += max(_aligned(length), _ATTRIBUTE.size)
     raise NetlinkError(code, f"{what}: {os.strerror(code)}" + (f" ({reason})" if reason else ""))
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    data = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value
+    return data.ljust(_aligned(len(data)), b"\0")
 
 
 def _aligned(length: int) -> int:

@@ -26,7 +26,7 @@ DEADLINE_S = 60.0
 """For the daemon's whole answer; runtimes give a CNI call some minutes."""
 
 _ABOUT = "podloom-cni: the CNI plugin of podloom, called by a container runtime. CNI versions: {}\n"
-_SERVED_BY_DAEMON = frozenset({"ADD", "DEL", "CHECK"})
+_SERVED_BY_DAEMON = frozenset({"ADD", "DEL", "CHECK", "GC", "STATUS"})
 
 
 class DaemonAwayError(Exception):
@@ -102,7 +102,7 @@ def _exchange(path: str, request: bytes) -> bytes:
 def _answer_here(
     env: Mapping[str, str], stdin: bytes, config: Mapping[str, object], away: str
 ) -> tuple[int, str]:
-    """The call without the daemon: faults are told and DEL and CHECK done on the same store."""
+    """The call without the daemon: faults are told and all but ADD done on the same store."""
     from cni.request import parse
     from cni.result import CniError, Code, error_json, version_json
 

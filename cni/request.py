@@ -30,8 +30,13 @@ _VERBS = {
     "ADD": _Verb(("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"), since="0.3.0"),
     "DEL": _Verb(("CNI_CONTAINERID", "CNI_IFNAME"), since="0.3.0"),
     "CHECK": _Verb(("CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"), since="0.4.0"),
+    "GC": _Verb(("CNI_PATH",), since="1.1.0"),
+    "STATUS": _Verb((), since="1.1.0"),
     "VERSION": _Verb((), since="0.3.0"),
 }
+
+# Later the first; the tag spec-v1.1.0 has the other, and libcni sends both.
+_VALID_ATTACHMENTS = ("cni.dev/valid-attachments", "cni.dev/attachments")
 
 # The keys of the configuration that we read, and what each must be. Others belong to somebody else.
 _CONFIG_KEYS: Mapping[str, type] = {
@@ -69,6 +74,9 @@ class Request:
     netns_override: bool = False
     config: Mapping[str, Any] | None = None
     previous: Result | None = None
+    path: tuple[str, ...] = ()  # CNI_PATH: where delegated plugins are
+    valid: frozenset[tuple[str, str]] = frozenset()  # GC: (container, ifname) of what is to stay
+    env: Mapping[str, str] | None = None  # the caller's, for delegated plugins
 
     @property
     def attachment(self) -> Attachment:
@@ -91,7 +99,8 @@ def parse(env: Mapping[str, str], stdin: bytes) -> Request:
 
 
 def _checked(command: str, env: Mapping[str, str], config: Mapping[str, Any], version: str) -> Request:
-    previous = config.get("prevResult")
+    # DEL, GC and STATUS have no use for it: what is wrong in it must not stop them.
+    previous = config.get("prevResult") if command in ("ADD", "CHECK") else None
     return Request(
         command=command,
         version=version,
@@ -103,6 +112,9 @@ def _checked(command: str, env: Mapping[str, str], config: Mapping[str, Any], ve
         netns_override=env.get("CNI_NETNS_OVERRIDE", "").lower() in ("1", "true"),
         config=config,
         previous=parse_result(previous) if previous else None,
+        path=tuple(filter(None, env.get("CNI_PATH", "").split(":"))),
+        valid=_valid_attachments(config) if command == "GC" else frozenset(),
+        env=env,
     )
 
 
@@ -159,6 +171,30 @@ def _check_version(command: str, version: str) -> None:
             f"{command} came with CNI {since}; the configuration says cniVersion {version}",
             version=version,
         )
+
+
+def _valid_attachments(config: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+    """What either spelling of the key lists; null is Go's empty list, but no key at all is an error."""
+    given = [key for key in _VALID_ATTACHMENTS if key in config]
+    if not given:
+        raise CniError(
+            Code.INVALID_CONFIG, f"{_VALID_ATTACHMENTS[0]} is missing: GC does not know what is to stay"
+        )
+    valid = set()
+    for key in given:
+        items = [] if config[key] is None else config[key]
+        if not isinstance(items, list):
+            raise CniError(Code.INVALID_CONFIG, f"{key} is {_shown(items)}, not a list")
+        for item in items:
+            container, ifname = (
+                (item.get("containerID"), item.get("ifname")) if isinstance(item, dict) else (None, None)
+            )
+            if not (isinstance(container, str) and isinstance(ifname, str) and container and ifname):
+                raise CniError(
+                    Code.INVALID_CONFIG, f"{key} has {_shown(item)}, not a containerID and an ifname"
+                )
+            valid.add((container, ifname))
+    return frozenset(valid)
 
 
 def _network(config: Mapping[str, Any]) -> str:

@@ -8,16 +8,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from cni import commands
+from cni import commands, upkeep
 from cni.commands import NodeNetwork
 from cni.netlink import Netlink, NetlinkError
-from cni.request import Request, parse
+from cni.request import Attachment, Request, parse
 from cni.result import CniError, Code, error_json, result_json, version_json
 from cni.store import Store, StoreError
 
 __all__ = ["CniService", "NodeNetwork"]
 
 _LOCKS = 64
+
+# Without a daemon nothing is forwarded either, so pods that exist suffer too.
+_NEED_DAEMON = {"ADD": Code.TRY_AGAIN_LATER, "STATUS": Code.LIMITED_CONNECTIVITY}
 
 
 class CniService:
@@ -53,7 +56,9 @@ class CniService:
         except CniError as error:
             failure = error
         except StoreError as error:
-            failure = CniError(Code.IO_FAILURE, f"the address store cannot be used: {error}")
+            # A node whose store is broken cannot serve ADD, and STATUS has a code for that.
+            code = Code.CANNOT_ADD if env.get("CNI_COMMAND") == "STATUS" else Code.IO_FAILURE
+            failure = CniError(code, f"the address store cannot be used: {error}")
         except NetlinkError as error:
             failure = CniError(Code.KERNEL_REFUSED, str(error.strerror))
         except OSError as error:
@@ -66,22 +71,41 @@ class CniService:
     def _answer(self, request: Request) -> str:
         if request.command == "VERSION":
             return version_json(request.version)
+        network = self.network
+        if network is None and request.command in _NEED_DAEMON:
+            raise CniError(
+                _NEED_DAEMON[request.command],
+                "no podloom daemon serves this node's pods; start it with `podloom up`",
+            )
+        now = time.time()
         store = self._opened_store()
-        with self._locks[hash(request.attachment) % _LOCKS], self._netlink() as host:
+        with self._netlink() as host:
             match request.command:
-                case "ADD":
-                    if self.network is None:
-                        raise CniError(
-                            Code.TRY_AGAIN_LATER,
-                            "no podloom daemon serves this node; start it with `podloom up`",
-                        )
-                    made = commands.add(request, self.network, store, host, time.time())
-                    return result_json(made, request.version)
-                case "DEL":
-                    commands.delete(request, store, host, time.time())
-                case "CHECK":
-                    commands.check(request, store, host)
+                case "GC":
+                    upkeep.collect(request, store, host, self._alone_with, now)
+                case "STATUS":
+                    assert network is not None  # noqa: S101 (refused above)
+                    upkeep.status(request, network, store, host, now)
+                case _:
+                    with self._alone_with(request.attachment):
+                        return self._answer_about(request, network, store, host)
         return ""
+
+    @staticmethod
+    def _answer_about(request: Request, network: NodeNetwork | None, store: Store, host: Netlink) -> str:
+        match request.command:
+            case "ADD":
+                assert network is not None  # noqa: S101 (refused above)
+                made = commands.add(request, network, store, host, time.time)
+                return result_json(made, request.version)
+            case "DEL":
+                commands.delete(request, store, host, time.time())
+            case "CHECK":
+                commands.check(request, store, host)
+        return ""
+
+    def _alone_with(self, attachment: Attachment) -> threading.Lock:
+        return self._locks[hash(attachment) % _LOCKS]
 
     def _opened_store(self) -> Store:
         with self._opening:

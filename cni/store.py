@@ -11,11 +11,12 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from cni.ipam import IpAddress, Pool, choose
+from cni.ipam import IpAddress, Pool, RangeSet, choose
 from cni.request import Attachment
 
 FILE_NAME = "cni.sqlite3"
@@ -25,6 +26,7 @@ QUARANTINE_S = 60.0
 _SCHEMA_VERSION = 1
 _LOCK_TIMEOUT_S = 10.0
 
+# mac is null unless it was asked for: those we choose follow from the address.
 # attached_at is null until the ADD is finished, so that a killed one can be told from a live pod.
 # released_at is null while the address is held. boot_id: a pod never outlives the boot it was attached in.
 _SCHEMA = (
@@ -32,7 +34,7 @@ _SCHEMA = (
         network TEXT NOT NULL, container TEXT NOT NULL, ifname TEXT NOT NULL,
         host_ifname TEXT NOT NULL, bridge TEXT NOT NULL, boot_id TEXT NOT NULL,
         pod_namespace TEXT NOT NULL, pod_name TEXT NOT NULL,
-        reserved_at REAL NOT NULL, attached_at REAL,
+        mac TEXT UNIQUE, reserved_at REAL NOT NULL, attached_at REAL,
         PRIMARY KEY (network, container, ifname)
     ) WITHOUT ROWID""",
     """CREATE TABLE addresses (
@@ -55,12 +57,31 @@ class PoolExhaustedError(Exception):
     """Every address of a pool is held; the text names the pool."""
 
 
+class AddressTakenError(Exception):
+    """An address or MAC that was asked for is another attachment's; the text names both."""
+
+
+class AddressNotOursError(Exception):
+    """An address was asked for that no pool may give; the text names it and the pools."""
+
+
 @dataclass(frozen=True)
 class Lease:
     """One address held by an attachment, and the gateway that goes with it."""
 
     address: IpAddress
     gateway: IpAddress
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who an ADD is for. `mac` only when it was asked for: no two attachments may have the same."""
+
+    host_ifname: str
+    bridge: str
+    pod_namespace: str = ""
+    pod_name: str = ""
+    mac: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,7 @@ class Record:
     bridge: str
     pod_namespace: str
     pod_name: str
+    reserved_at: float
     attached_at: float | None
     leases: tuple[Lease, ...]
 
@@ -106,29 +128,44 @@ class Store:
     def reserve(
         self,
         attachment: Attachment,
-        host_ifname: str,
-        bridge: str,
-        pools: Sequence[Pool],
+        holder: Holder,
+        range_sets: Sequence[RangeSet],
         now: float,
-        pod: tuple[str, str] = ("", ""),
+        requested: Sequence[IpAddress] = (),
     ) -> tuple[Lease, ...]:
-        """One address of each pool, on disk before this returns. `pod` is its namespace and name.
+        """One address of each range set, or those of `requested` that it has; on disk before this returns.
 
-        The attachment must not have a record.
+        The attachment must not have a record. A requested address may be one at rest.
         """
-        key = _key(attachment)
         with self._transaction():
-            self._run(
-                "INSERT INTO attachments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-                (*key, host_ifname, bridge, self._boot_id, *pod, now),
-            )
-            leases = tuple(Lease(self._next_address(pool, now), pool.gateway) for pool in pools)
-            for lease in leases:
-                self._run(
-                    "INSERT OR REPLACE INTO addresses VALUES (?, ?, ?, ?, ?, ?, NULL)",
-                    (lease.address.version, lease.address.packed, lease.gateway.packed, *key),
-                )
-        return leases
+            self._insert(attachment, holder, now)
+            leases = []
+            for range_set in range_sets:
+                asked = _asked_of(range_set, requested)
+                leases += asked or [self._next_lease(range_set, now)]
+            for address in requested:
+                if address not in {lease.address for lease in leases}:
+                    pools = ", ".join(str(pool) for range_set in range_sets for pool in range_set)
+                    raise AddressNotOursError(f"{address} was asked for; this node gives {pools}")
+            self._hold(attachment, leases)
+        return tuple(leases)
+
+    def adopt(self, attachment: Attachment, holder: Holder, now: float) -> None:
+        """Make a record without addresses: `hold` adds those that an IPAM plugin gave."""
+        with self._transaction():
+            self._insert(attachment, holder, now)
+
+    def hold(self, attachment: Attachment, leases: Sequence[Lease]) -> None:
+        with self._transaction():
+            self._hold(attachment, leases)
+
+    def exhausted(self, range_sets: Sequence[RangeSet], now: float) -> str:
+        """Which range set has no address left to give, in words; empty while all have."""
+        with self._reported():
+            for range_set in range_sets:
+                if self._choose(range_set, now) is None:
+                    return _no_address_left(range_set)
+        return ""
 
     def complete(self, attachment: Attachment, now: float) -> None:
         """Mark the ADD as finished. Not fsync'd: losing it takes a power cut, and no pod outlives that."""
@@ -148,7 +185,7 @@ class Store:
         key = _key(attachment)
         with self._reported():
             row = self._one(
-                "SELECT host_ifname, bridge, pod_namespace, pod_name, attached_at"
+                "SELECT host_ifname, bridge, pod_namespace, pod_name, reserved_at, attached_at"
                 " FROM attachments WHERE (network, container, ifname) = (?, ?, ?)",
                 key,
             )
@@ -159,9 +196,22 @@ class Store:
                 " AND released_at IS NULL ORDER BY family, address",
                 key,
             )
-            host_ifname, bridge, pod_namespace, pod_name, attached_at = row
             leases = tuple(Lease(ip_address(own), ip_address(gateway)) for own, gateway in rows)
-            return Record(attachment, host_ifname, bridge, pod_namespace, pod_name, attached_at, leases)
+            host_ifname, bridge, pod_namespace, pod_name, reserved_at, attached_at = row
+            return Record(
+                attachment, host_ifname, bridge, pod_namespace, pod_name, reserved_at, attached_at, leases
+            )
+
+    def records(self, network: str | None = None) -> list[Record]:
+        """Every record, or those of one network; by network, container and interface."""
+        with self._reported():
+            keys = self._run(
+                "SELECT network, container, ifname FROM attachments WHERE network = ?1 OR ?1 IS NULL"
+                " ORDER BY network, container, ifname",
+                (network,),
+            ).fetchall()
+            found = (self.find(Attachment(*key)) for key in keys)
+            return [record for record in found if record is not None]
 
     def release(self, attachment: Attachment, now: float) -> None:
         """Give its addresses back, into quarantine. Nothing to do when it has no record."""
@@ -213,32 +263,78 @@ class Store:
             )
             self._run("DELETE FROM attachments WHERE boot_id != ?", (self._boot_id,))
 
-    def _next_address(self, pool: Pool, now: float) -> IpAddress:
-        family, low, high = pool.low.version, pool.low.packed, pool.high.packed
-        resting_since = now - QUARANTINE_S
-
-        def taken_within(first: int, end: int) -> Iterable[int]:
-            width = len(low)
-            rows = self._run(
-                "SELECT address FROM addresses WHERE family = ? AND address BETWEEN ? AND ?"
-                " AND (released_at IS NULL OR released_at > ?) ORDER BY address",
-                (family, first.to_bytes(width, "big"), end.to_bytes(width, "big"), resting_since),
+    def _insert(self, attachment: Attachment, holder: Holder, now: float) -> None:
+        if holder.mac:
+            other = self._one(
+                "SELECT network, container, ifname FROM attachments WHERE mac = ?", (holder.mac,)
             )
-            return (int.from_bytes(row[0], "big") for row in rows)
+            if other is not None:
+                raise AddressTakenError(f"{holder.mac} is held by {'/'.join(other)}")
+        self._run(
+            "INSERT INTO attachments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+            (
+                *_key(attachment),
+                holder.host_ifname,
+                holder.bridge,
+                self._boot_id,
+                holder.pod_namespace,
+                holder.pod_name,
+                holder.mac or None,
+                now,
+            ),
+        )
 
-        last = self._one("SELECT address FROM last_given WHERE pool = ?", (str(pool),))
-        address = choose(pool, ip_address(last[0]) if last else None, taken_within)
-        if address is None:
-            longest_at_rest = self._one(
-                "SELECT address FROM addresses WHERE family = ? AND address BETWEEN ? AND ?"
-                " AND released_at IS NOT NULL ORDER BY released_at LIMIT 1",
-                (family, low, high),
+    def _hold(self, attachment: Attachment, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            address = (lease.address.version, lease.address.packed)
+            other = self._one(
+                "SELECT network, container, ifname FROM addresses"
+                " WHERE family = ? AND address = ? AND released_at IS NULL",
+                address,
             )
-            if longest_at_rest is None:
-                raise PoolExhaustedError(f"no address left in {pool}")
-            address = ip_address(longest_at_rest[0])
+            if other is not None:
+                raise AddressTakenError(f"{lease.address} is held by {'/'.join(other)}")
+            self._run(
+                "INSERT OR REPLACE INTO addresses VALUES (?, ?, ?, ?, ?, ?, NULL)",
+                (*address, lease.gateway.packed, *_key(attachment)),
+            )
+
+    def _next_lease(self, range_set: RangeSet, now: float) -> Lease:
+        chosen = self._choose(range_set, now)
+        if chosen is None:
+            raise PoolExhaustedError(_no_address_left(range_set))
+        pool, address = chosen
         self._run("INSERT OR REPLACE INTO last_given VALUES (?, ?)", (str(pool), address.packed))
-        return address
+        return Lease(address, pool.gateway)
+
+    def _choose(self, range_set: RangeSet, now: float) -> tuple[Pool, IpAddress] | None:
+        """The next address; one at rest only when no pool of the set has another."""
+        for pool in range_set:
+            last = self._one("SELECT address FROM last_given WHERE pool = ?", (str(pool),))
+            address = choose(
+                pool, ip_address(last[0]) if last else None, partial(self._taken, now - QUARANTINE_S, pool)
+            )
+            if address is not None:
+                return pool, address
+        for pool in range_set:
+            resting = self._run(
+                "SELECT address FROM addresses WHERE family = ? AND address BETWEEN ? AND ?"
+                " AND released_at IS NOT NULL ORDER BY released_at",
+                (pool.low.version, pool.low.packed, pool.high.packed),
+            )
+            for row in resting:
+                if pool.may_give(ip_address(row[0])):
+                    return pool, ip_address(row[0])
+        return None
+
+    def _taken(self, resting_since: float, pool: Pool, first: int, end: int) -> Iterable[int]:
+        width = len(pool.low.packed)
+        rows = self._run(
+            "SELECT address FROM addresses WHERE family = ? AND address BETWEEN ? AND ?"
+            " AND (released_at IS NULL OR released_at > ?) ORDER BY address",
+            (pool.low.version, first.to_bytes(width, "big"), end.to_bytes(width, "big"), resting_since),
+        )
+        return (int.from_bytes(row[0], "big") for row in rows)
 
     def _schema_version(self) -> int:
         return int(self._one("PRAGMA user_version")[0])
@@ -270,6 +366,19 @@ class Store:
                 yield
         except (sqlite3.Error, OSError) as error:
             raise StoreError(f"{self._path}: {error}") from error
+
+
+def _asked_of(range_set: RangeSet, requested: Sequence[IpAddress]) -> list[Lease]:
+    return [
+        Lease(address, pool.gateway)
+        for address in requested
+        for pool in [next((pool for pool in range_set if pool.may_give(address)), None)]
+        if pool is not None
+    ]
+
+
+def _no_address_left(range_set: RangeSet) -> str:
+    return f"no address left in {', '.join(map(str, range_set))}"
 
 
 def _key(attachment: Attachment) -> tuple[str, str, str]:

@@ -124,7 +124,10 @@ class Node:
             database.close()
 
     def traces(self, *pods: str) -> dict[str, object]:
-        """Everything an ADD could leave behind."""
+        """Everything an ADD could leave behind, once the kernel has freed what was deleted."""
+        for thread in threading.enumerate():
+            if thread.name == "delete-link":
+                thread.join()
         return {
             "links": sorted(self.links()),
             "pods": {pod: sorted(links_of(pod)) for pod in pods},

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cni.ipam import IpAddress, Pool, choose
 from cni.request import Attachment
-from cni.store import QUARANTINE_S, PoolExhaustedError, Store, StoreError
+from cni.store import QUARANTINE_S, Holder, PoolExhaustedError, Store, StoreError
 
 BOOT = "boot-1"
 
@@ -79,7 +79,12 @@ class Reserver:
 
     def reserve(self, now: float = 1000.0) -> tuple[str, ...]:
         self.number += 1
-        leases = self.store.reserve(attachment(self.number), f"pl{self.number}", "loom0", self.pools, now)
+        leases = self.store.reserve(
+            attachment(self.number),
+            Holder(f"pl{self.number}", "loom0"),
+            [(pool,) for pool in self.pools],
+            now,
+        )
         return tuple(str(lease.address) for lease in leases)
 
 
@@ -182,7 +187,7 @@ def test_stores_of_several_processes_agree(tmp_path: Path) -> None:
         for number in range(10):
             key = Attachment("podnet", f"w{worker}-{number}", "eth0")
             given_out.append(
-                str(store.reserve(key, "pl", "loom0", [pool_of("10.0.0.0/24")], 1000.0)[0].address)
+                str(store.reserve(key, Holder("pl", "loom0"), [(pool_of("10.0.0.0/24"),)], 1000.0)[0].address)
             )
         store.close()
 
