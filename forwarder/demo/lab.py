@@ -126,7 +126,16 @@ class PeerRecord:
 class Lab:
     """A context manager: what it made is gone when it is left, unless `keep()` was called."""
 
-    def __init__(self, name: str, *, encapsulation: str = "geneve", underlay: str = "ipv4", mtu: int = 1500):
+    def __init__(
+        self,
+        name: str,
+        *,
+        encapsulation: str = "geneve",
+        underlay: str = "ipv4",
+        mtu: int = 1500,
+        extra_config: str = "",
+    ):
+        """`extra_config` is TOML put behind what every node's config file says."""
         self.name = name
         self.directory = directory_of(name)
         self.nodes: list[Node] = []
@@ -134,6 +143,7 @@ class Lab:
         self._encapsulation = encapsulation
         self._underlay = underlay
         self._mtu = mtu
+        self._extra_config = extra_config
         self._hosts = 0
         self._foreign: list[PeerRecord] = []
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -217,7 +227,7 @@ class Lab:
         """Start the daemon of every node, and return when all of them answer."""
         for node in self.nodes:
             peers = [self.record(other) for other in self.nodes if other is not node] + self._foreign
-            node.config_file.write_text(_config(node, self.record(node)))
+            node.config_file.write_text(f"{_config(node, self.record(node))}\n{self._extra_config}")
             node.peers_file.write_text(_peers(peers))
             with deferred_interrupts(), node.log_file.open("wb") as log:
                 daemon = popen(
