@@ -112,7 +112,8 @@ def test_status_says_what_there_is(node: Node) -> None:
     node.write_peers(PEER2)
     node.start()
     status = node.ask("status")
-    volatile = {key: status.pop(key) for key in ("version", "uptime_seconds", "counters", "discovery")}
+    volatile_keys = ("version", "uptime_seconds", "counters", "discovery", "offloads")
+    volatile = {key: status.pop(key) for key in volatile_keys}
     assert status == {
         "node_id": "n1",
         "endpoints": ["192.0.2.1"],
@@ -125,8 +126,10 @@ def test_status_says_what_there_is(node: Node) -> None:
         "vni": 1,
         "ports": {"geneve": 6081, "vxlan": [4789]},
         "peers": 1,
-        "offloads": {"tap_checksum": {"on": True, "reason": None}},
     }
+    assert volatile["offloads"].keys() == {"tso", "uso", "udp_segment", "udp_gro", "merge_tcp", "merge_udp"}
+    for offload in volatile["offloads"].values():
+        assert offload["on"] == (offload["reason"] is None)
     assert 0 < volatile["uptime_seconds"] < 60
     assert set(volatile["counters"]) == {"encap", "decap"}
     assert volatile["discovery"].pop("age_seconds") < 60
@@ -241,7 +244,7 @@ def reload(node: Node, how: str) -> None:
         assert "result" in verb(node, "reload")
 
 
-def verb(node: Node, name: str, **args: Any) -> Any:
+def verb(node: Node, name: str, /, **args: Any) -> Any:
     """One verb over the socket as any program would ask it."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
@@ -254,7 +257,7 @@ def verb(node: Node, name: str, **args: Any) -> Any:
 def test_keep_on_exit_may_be_changed_while_running(node: Node) -> None:
     node.start()
     node.tables["links"] = {"keep_on_exit": False}
-    node.config_file.write_text(node.text())
+    node.write_config()
     assert verb(node, "reload") == {"result": {"changed": ["links.keep_on_exit"]}}
     assert node.stop() == 0
     assert "loom0" not in node.namespace.link_names()
@@ -275,7 +278,7 @@ def test_a_second_daemon_is_refused(node: Node) -> None:
     assert done.returncode == 1
     assert f"another podloom runs on {node.directory}/run: stop it first" in done.stderr
     node.tables["node"]["run_dir"] = str(node.directory / "run2")
-    node.config_file.write_text(node.text())
+    node.write_config()
     done = node.run("up")
     assert done.returncode == 1
     assert "TAP loom-tap is held by another process" in done.stderr
@@ -291,7 +294,7 @@ def test_a_port_in_use_is_named(node: Node) -> None:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "bound\n"
-        node.config_file.write_text(node.text())
+        node.write_config()
         done = node.run("up")
     finally:
         holder.kill()
@@ -303,7 +306,7 @@ def test_a_port_in_use_is_named(node: Node) -> None:
 
 def test_an_endpoint_no_device_has_is_named(node: Node) -> None:
     node.tables["node"]["endpoints"] = ["192.0.2.77"]
-    node.config_file.write_text(node.text())
+    node.write_config()
     done = node.run("up")
     assert done.returncode == 1
     assert "no device of this host has the address 192.0.2.77" in done.stderr
@@ -311,7 +314,7 @@ def test_an_endpoint_no_device_has_is_named(node: Node) -> None:
 
 def test_too_small_an_underlay_for_ipv6_is_named(node: Node) -> None:
     node.namespace.ip("link", "set", "eth0", "mtu", "1300")
-    node.config_file.write_text(node.text())
+    node.write_config()
     done = node.run("up")
     assert done.returncode == 1
     assert "the underlay leaves pods an MTU of 1250, and IPv6 needs 1280" in done.stderr
@@ -370,9 +373,29 @@ def pid(node: Node) -> int:
 
 def test_unknown_verbs_and_args_are_answered(node: Node) -> None:
     node.start()
-    assert verb(node, "dance")["error"] == "verb = 'dance': must be status, peers, drops, reload or cni"
+    refused = "verb = 'dance': must be status, peers, drops, offload, reload or cni"
+    assert verb(node, "dance")["error"] == refused
     assert verb(node, "cni", env={"A": 1}, stdin="")["error"].startswith("cni takes env")
     assert verb(node, "cni", env={})["error"].startswith("cni takes env")
+    assert verb(node, "offload", name="warp", on=True)["error"].startswith("offload takes name, one of tso")
+    assert verb(node, "offload", name="tso", on=1)["error"].startswith("offload takes name")
+    assert verb(node, "offload", name=[], on=True)["error"].startswith("offload takes name")
+
+
+def test_offloads_switch_while_running_and_on_reload(node: Node) -> None:
+    node.tables["offload"] = {"merge_udp": False}
+    node.start()
+    off = {"on": False, "reason": "switched off"}
+    assert node.ask("status")["offloads"]["merge_udp"] == off
+    assert verb(node, "offload", name="tso", on=False)["result"] == off
+    assert node.ask("status")["offloads"]["tso"] == off
+    assert node.run("offload", "tso", "on").stdout == "on\n"
+    assert node.ask("status")["offloads"]["tso"] == {"on": True, "reason": None}
+    node.tables["offload"] = {"udp_gro": False}
+    node.write_config()
+    assert set(verb(node, "reload")["result"]["changed"]) == {"offload.merge_udp", "offload.udp_gro"}
+    offloads = node.ask("status")["offloads"]
+    assert (offloads["merge_udp"]["on"], offloads["udp_gro"]) == (True, off)
 
 
 def test_cni_calls_are_answered_in_parallel(node: Node) -> None:
@@ -406,7 +429,7 @@ def descriptors(node: Node) -> int:
 
 
 def test_without_the_privilege_it_says_so(node: Node) -> None:
-    node.config_file.write_text(node.text())
+    node.write_config()
     done = node.python("-m", "forwarder", "up", "-c", str(node.config_file), under=NO_CAPABILITIES)
     assert done.returncode == 1
     assert done.stderr == (
@@ -417,7 +440,7 @@ def test_without_the_privilege_it_says_so(node: Node) -> None:
 
 
 def test_without_the_tun_device_it_says_so(node: Node) -> None:
-    node.config_file.write_text(node.text())
+    node.write_config()
     empty_dev = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/net && exec "$@"', "sh"]
     done = node.python("-m", "forwarder", "up", "-c", str(node.config_file), under=empty_dev)
     assert done.returncode == 1
