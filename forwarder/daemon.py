@@ -326,7 +326,7 @@ class Daemon:
 
     def _switch_offload(self, args: dict[str, Any]) -> dict[str, Any]:
         name, on = args.get("name"), args.get("on")
-        if name not in ABOUT or not isinstance(on, bool):
+        if not isinstance(name, str) or name not in ABOUT or not isinstance(on, bool):
             raise VerbError(f"offload takes name, one of {', '.join(ABOUT)}, and on, true or false")
         offload = self._dataplane.set_offload(name, on)
         log.info("offload %s is %s", name, "on" if offload.on else f"off: {offload.reason}")

@@ -89,13 +89,16 @@ class Node:
         }
         return toml({"[peer]": table | more})
 
+    def write_config(self) -> None:
+        self.config_file.write_text(self.text())
+
     def write_peers(self, text: str) -> None:
         self.peers_file.with_suffix(".new").write_text(text)
         self.peers_file.with_suffix(".new").replace(self.peers_file)
 
     def start(self) -> None:
         """Write the configuration, start the daemon, and return when it says READY to its supervisor."""
-        self.config_file.write_text(self.text())
+        self.write_config()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
             address = self.directory / "notify"
             address.unlink(missing_ok=True)

@@ -203,7 +203,7 @@ def test_a_restart_that_finds_all_well_changes_only_the_tap(settled: Node) -> No
 def test_what_others_made_is_named_and_left_alone(node: Node) -> None:
     node.namespace.ip("link", "add", "loom0", "type", "veth", "peer", "name", "theirs")
     links = node.namespace.link_names()
-    node.config_file.write_text(node.text())
+    node.write_config()
     done = node.run("up")
     assert done.returncode == 1
     assert "link loom0 is somebody's veth link: remove it or choose another name in [links]" in done.stderr
@@ -212,7 +212,7 @@ def test_what_others_made_is_named_and_left_alone(node: Node) -> None:
 
 def test_a_foreign_route_is_named_and_left_alone(node: Node) -> None:
     node.namespace.ip("route", "add", "10.42.0.0/16", "dev", "eth0")
-    node.config_file.write_text(node.text())
+    node.write_config()
     done = node.run("up")
     assert done.returncode == 1
     assert "route 10.42.0.0/16 dev eth0 was not made by podloom (protocol 3)" in done.stderr
