@@ -1,7 +1,5 @@
 """The `podloom-cni` process: the environment and stdin in, at most one JSON object on stdout."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -13,7 +13,7 @@ from cni.commands import NodeNetwork
 from cni.netlink import Netlink, NetlinkError
 from cni.request import Attachment, Request, parse
 from cni.result import CniError, Code, error_json, result_json, version_json
-from cni.store import Store, StoreError
+from cni.store import FILE_NAME, Record, Store, StoreError
 
 __all__ = ["CniService", "NodeNetwork"]
 
@@ -129,6 +129,17 @@ class CniService:
             host.close()
             raise
         self._idle.append(host)
+
+
+def read_records(state_dir: Path) -> list[Record]:
+    """What a node's store holds; nothing, and no store made, where there is none yet."""
+    if not (state_dir / FILE_NAME).exists():
+        return []
+    store = Store(state_dir, _boot_id(), time.time())
+    try:
+        return store.records()
+    finally:
+        store.close()
 
 
 def _boot_id() -> str:

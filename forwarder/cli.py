@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from forwarder.control.client import ControlError, ask
 from forwarder.control.messages import DEFAULT_RUN_DIR, SOCKET_NAME
@@ -75,6 +76,8 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_config(config)
     config.set_defaults(run=_config)
 
+    _add_cni(commands, words)
+
     about = "build a cluster of namespaces on this machine and check that its pods talk"
     demo = commands.add_parser("demo", help=about, description=_sentence(about))
     demo.set_defaults(run=_demo)
@@ -83,6 +86,24 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
         demo_cli.add_arguments(demo)
     return parser
+
+
+def _add_cni(commands: Any, words: Sequence[str]) -> None:
+    """What belongs to the CNI plugin; as with the demo, its arguments come with its words."""
+    for word, about in (
+        ("cni", "install the CNI plugin for container runtimes, or uninstall it"),
+        ("pods", "what is attached on this node: pods, addresses, links, since when"),
+    ):
+        command = commands.add_parser(word, help=about, description=_sentence(about))
+        if word in words[:1]:
+            from cni import cli as cni_cli
+
+            add_arguments, run = {
+                "cni": (cni_cli.add_cni_arguments, cni_cli.run_cni),
+                "pods": (cni_cli.add_pods_arguments, cni_cli.run_pods),
+            }[word]
+            add_arguments(command)
+            command.set_defaults(run=run)
 
 
 def _sentence(about: str) -> str:

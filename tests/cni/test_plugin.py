@@ -13,9 +13,17 @@ from typing import Any
 
 import pytest
 
-from cni import plugin
+from cni import client, plugin
+from cni.request import STDIN_LIMIT
 from cni.result import VERSIONS
-from tests.cni.conftest import REPOSITORY, Namespaces, Node, environment, links_of, run_plugin
+from forwarder.control.messages import (
+    DEFAULT_RUN_DIR,
+    MAX_LINE_BYTES,
+    SOCKET_NAME,
+    Request,
+    encode_request,
+)
+from tests.cni.conftest import REPOSITORY, ControlServer, Namespaces, Node, environment, links_of, run_plugin
 
 root = pytest.mark.root
 
@@ -110,7 +118,7 @@ def test_a_silent_daemon_is_given_up_at_the_deadline(tmp_path: Path, monkeypatch
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        monkeypatch.setattr(plugin, "DEADLINE_S", 0.05)
+        monkeypatch.setattr(client, "DEADLINE_S", 0.05)
         conf = {"cniVersion": "1.1.0", "name": "podnet", "controlSocket": str(path)}
         exit_code, stdout, _ = plugin.run(environment("ADD", "c1"), io.BytesIO(json.dumps(conf).encode()))
     assert exit_code != 0
@@ -176,12 +184,56 @@ def test_unreadable_stdin() -> None:
     assert json.loads(stdout)["code"] == 5
 
 
-def test_the_way_to_the_daemon_imports_little() -> None:
+def test_the_way_to_the_daemon_imports_little(tmp_path: Path) -> None:
     """A runtime starts this process for every call: what costs much must not be on the way."""
-    script = "import sys, cni.__main__; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    with ControlServer(tmp_path / "control.sock", lambda *_: (0, "{}")):
+        conf = {"cniVersion": "1.1.0", "name": "x", "controlSocket": str(tmp_path / "control.sock")}
+        script = "import sys, cni.__main__ as m; m.main(); print(*sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", script],
+            input=json.dumps(conf),
+            env=environment("ADD", "c1") | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    bare = subprocess.run(
+        [sys.executable, "-S", "-c", "import sys, os; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    heavy = {"argparse", "asyncio", "ctypes", "dataclasses", "inspect", "ipaddress", "logging", "pathlib"}
-    heavy |= {"pyroute2", "sqlite3", "subprocess", "threading", "urllib"}
-    assert not heavy & set(done.stdout.split())
+    ours = {"cni", "cni.__main__", "cni.client", "cni.plugin", "_json", "_socket"}
+    assert set(done.stdout.removeprefix("{}").split()) - set(bare.stdout.split()) == ours
+
+
+def test_the_client_speaks_the_control_protocol() -> None:
+    """It repeats what messages says, to be spared importing it."""
+    env = {"CNI_COMMAND": "ADD", "CNI_ARGS": 'a="\\;\n\x00é\ud800'}
+    text = '{"name": "pøds\U0001f9f6"}'
+    assert client.encode_call(env, text) == encode_request(Request("cni", {"env": env, "stdin": text}))
+    assert f"{DEFAULT_RUN_DIR}/{SOCKET_NAME}" == client.DEFAULT_SOCKET
+    assert (client.REQUEST_BYTES_MAX, plugin.STDIN_LIMIT) == (MAX_LINE_BYTES, STDIN_LIMIT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "[]",
+        "1",
+        "{",
+        '{"a" 1}',
+        '{"a": 1} x',
+        '{"a": 1}',
+        ' {"a": [null, 1.5, "\\u00e9"]}\n',
+        "[" * 9999,
+    ],
+)
+def test_the_client_reads_json_as_json_does(text: str) -> None:
+    try:
+        expected = json.loads(text)
+    except (ValueError, RecursionError):
+        expected = None
+    assert client.parse_object(text) == (expected if isinstance(expected, dict) else None)
