@@ -344,7 +344,7 @@ def test_no_shape_of_value_breaks_the_reader(section: str, value: Any) -> None:
     filled: Any = {item.name: value for item in fields(SECTIONS[section])}
     for candidate in (value, [filled] if section == "peer" else filled):
         text = text_of({**MINIMAL, "peer": [PEER], section: candidate})
-        if candidate in SOUND[section]:
+        if toml(candidate) in map(toml, SOUND[section]):  # by text: 1 == True
             assert config.parse(text)
         else:
             assert faults_of(text)
