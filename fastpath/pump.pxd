@@ -15,7 +15,7 @@ from fastpath.writer cimport Writer
 
 
 cdef enum:
-    HEADROOM = 64
+    HEADROOM = 128                # TUNNEL_HEADERS, rounded up
     FRAME_BYTES = 65536 + 64      # the longest frame with its virtio header
     ARENA_BYTES = 256 * 1024
     RECEIVERS = 8

@@ -30,9 +30,13 @@ class Pump:
         """Read up to `budget` frames from the TAP and send them; how many were read."""
     def decap(self, fd: int, budget: int = ...) -> int:
         """Receive up to `budget` datagrams from one receiver and deliver them; how many were received."""
+    def set_uplink(self, fd: int, mac: bytes) -> None:
+        """A TAP, not of the bridge, that takes superframes inside their tunnel (UDP tunnel GSO, Linux
+        6.17) behind a header of kernel.tap.TUNNEL_VNET_HEADER_SIZE bytes, and its MAC. Borrowed; TCP
+        superframes go there from now on, and the host routes them out."""
     @property
     def offloads(self) -> dict[str, bool]:
-        """{name: on} of what the pump can do without: udp_segment, merge_tcp, merge_udp. One that was
+        """{name: on} of what the pump can do without: udp_segment, merge_tcp, merge_udp, uplink. One that was
         on and is off was refused by the kernel."""
     def set_offload(self, name: str, on: bool) -> None:
         """ValueError if there is no such offload."""

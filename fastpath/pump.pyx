@@ -106,6 +106,10 @@ cdef class Pump:
         """A non-blocking UDP socket for sending to AF_INET or AF_INET6 peers."""
         self.sender.add_socket(fd, family)
 
+    def set_uplink(self, int fd, bytes mac not None):
+        """A TAP that takes superframes inside their tunnel: see fastpath/offload/tunnel.pxd."""
+        self.sender.set_uplink(fd, mac)
+
     @property
     def offloads(self):
         """{name: on} of what the pump itself can do without: see set_offload."""
@@ -113,6 +117,7 @@ cdef class Pump:
             "udp_segment": self.sender.max_segments > 1,
             "merge_tcp": bool(self.writer.chains.tcp),
             "merge_udp": bool(self.writer.chains.udp),
+            "uplink": bool(self.sender.uplink),
         }
 
     def set_offload(self, str name not None, bint on):
@@ -123,6 +128,10 @@ cdef class Pump:
             self.writer.chains.tcp = on
         elif name == "merge_udp":
             self.writer.chains.udp = on
+        elif name == "uplink":
+            if on and self.sender.uplink_fd < 0:
+                raise ValueError("name: there is no uplink to switch on")
+            self.sender.uplink = on
         else:
             raise ValueError(f"name: {name!r} is not one of {', '.join(self.offloads)}")
 

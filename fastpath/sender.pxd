@@ -6,15 +6,18 @@
 # payload in the superframe); a run is datagrams one UDP_SEGMENT send can carry; the outbox holds the
 # runs of one flush.
 #
+# Where there is an uplink, a TCP superframe goes to it whole and at once, behind what was posted before.
+#
 # borrowed: every piece, until flush().
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from fastpath.drops cimport Counters
 from fastpath.kernel.udp cimport BATCH, SendBatch
-from fastpath.linux cimport iovec
+from fastpath.linux cimport iovec, ssize_t
 from fastpath.offload.plan cimport Run
 from fastpath.offload.segment cimport SEGMENT_HEADERS, Superframe
+from fastpath.offload.tunnel cimport OuterPath
 from fastpath.table cimport Peer, PeerTable
 
 
@@ -39,6 +42,7 @@ cdef struct Outbox:
 
 cdef struct Sockets:
     int fds[SOCKETS]
+    OuterPath paths[SOCKETS]            # from each socket's own address and port, to nowhere yet
     uint32_t count
 
 
@@ -49,12 +53,16 @@ cdef class Sender:
     cdef Sockets v6
     cdef Outbox *outbox
     cdef int max_segments               # 1 when UDP_SEGMENT is off
+    cdef int uplink_fd                  # a TAP that takes tunnel GSO, -1 if there is none
+    cdef bint uplink                    # whether it is used
+    cdef uint8_t uplink_mac[6]
 
     cdef uint32_t key(self, int slot, uint32_t flow, int ecn) noexcept nogil
     cdef int post_frame(
         self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length
     ) noexcept nogil
     cdef int post_superframe(self, int slot, uint32_t flow, int ecn, const Superframe *cut) noexcept nogil
+    cdef ssize_t _write_uplink(self, uint32_t key, int ecn, const Superframe *cut) noexcept nogil
     cdef void flush(self) noexcept nogil
     cdef iovec *_join(self, uint32_t key, uint32_t length, int pieces) noexcept nogil
     cdef int _describe(self, int run) noexcept nogil

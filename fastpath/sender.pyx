@@ -1,15 +1,28 @@
 """Posting datagrams, and sending them in runs."""
 
+import os
 import socket
 
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from fastpath.drops cimport DROP_TOO_BIG, DROP_UDP_ERROR, DROP_UDP_FULL, count_drop
+from fastpath.kernel.tap cimport tap_write
 from fastpath.kernel.udp cimport send_batch, send_describe
-from fastpath.linux cimport AF_INET, EAGAIN, EINVAL, EIO, EMSGSIZE, ENOBUFS
+from fastpath.linux cimport (
+    AF_INET,
+    EAGAIN,
+    EINVAL,
+    EIO,
+    EMSGSIZE,
+    ENOBUFS,
+    sockaddr_in,
+    sockaddr_in6,
+)
 from fastpath.offload.plan cimport RUN_MAX_SEGMENTS, run_accepts, run_begin, run_extend
 from fastpath.offload.segment cimport segment_header, segment_payload
+from fastpath.offload.tunnel cimport tunnel_headers
+from fastpath.wire.byteorder cimport load16
 from fastpath.wire.ethernet cimport ETHERNET_HEADER
 from fastpath.wire.ip cimport ECN_MASK
 
@@ -27,6 +40,7 @@ cdef class Sender:
     def __cinit__(self, PeerTable peers not None):
         self.peers = peers
         self.max_segments = RUN_MAX_SEGMENTS
+        self.uplink_fd = -1
         self.outbox = <Outbox *> calloc(1, sizeof(Outbox))
         if self.outbox == NULL:
             raise MemoryError
@@ -44,6 +58,20 @@ cdef class Sender:
             raise ValueError(f"senders: no more than {SOCKETS} of a family")
         sockets.fds[sockets.count] = fd
         sockets.count += 1
+
+    def set_uplink(self, int fd, bytes mac not None):
+        """A TAP whose header is TUNNEL_VNET_HEADER bytes, with its MAC. It is used from now on, for
+        datagrams that look as if they came from the sockets added so far."""
+        cdef uint32_t i
+        if len(mac) != 6:
+            raise ValueError(f"mac: {len(mac)} bytes, 6 needed")
+        for i in range(self.v4.count):
+            self.v4.paths[i] = path_from(self.v4.fds[i], 4)
+        for i in range(self.v6.count):
+            self.v6.paths[i] = path_from(self.v6.fds[i], 6)
+        self.uplink_fd = fd
+        self.uplink = True
+        memcpy(self.uplink_mac, <const uint8_t *> mac, 6)
 
     cdef uint32_t key(self, int slot, uint32_t flow, int ecn) noexcept nogil:
         cdef Peer *peer = &self.peers.slots[slot]
@@ -75,8 +103,18 @@ cdef class Sender:
         cdef uint32_t i, payload
         cdef uint8_t *block
         cdef iovec *pieces
+        cdef ssize_t written
         if (self.v4.count if peer.family == AF_INET else self.v6.count) == 0:
             return DROP_UDP_ERROR
+        if self.uplink and cut.tcp:
+            self.flush()
+            written = self._write_uplink(key, ecn, cut)
+            if written >= 0:
+                self._count(key, cut.count, <uint64_t> cut.count * header_bytes + cut.payload)
+                return 0
+            if written != -EINVAL:
+                return send_drop(<int> written)
+            self.uplink = False  # this kernel takes no such frame: cut it ourselves
         for i in range(cut.count):
             payload = segment_payload(cut, i)
             pieces = self._join(key, header_bytes + payload, 2)
@@ -89,6 +127,21 @@ cdef class Sender:
             pieces[1].iov_base = cut.frame + cut.headers + i * cut.size
             pieces[1].iov_len = payload
         return 0
+
+    cdef ssize_t _write_uplink(self, uint32_t key, int ecn, const Superframe *cut) noexcept nogil:
+        """Write the superframe in its tunnel, in place; bytes or -errno. What lies before it is
+        overwritten, the superframe is not."""
+        cdef Peer *peer = &self.peers.slots[key >> KEY_SLOT]
+        cdef Sockets *sockets = &self.v4 if peer.family == AF_INET else &self.v6
+        cdef OuterPath path = sockets.paths[key >> KEY_SOCKET & 0xFF]
+        cdef int before
+        cdef iovec whole
+        endpoint_to_path(peer, &path)
+        memcpy(cut.frame, peer.header + TUNNEL_HEADER, 6)
+        before = tunnel_headers(cut, peer.header, &path, self.uplink_mac, ecn)
+        whole.iov_base = cut.frame - before
+        whole.iov_len = before + cut.headers + cut.payload
+        return tap_write(self.uplink_fd, &whole, 1)
 
     cdef iovec *_join(self, uint32_t key, uint32_t length, int pieces) noexcept nogil:
         """Room for one datagram in the newest run, or in a new one: its pieces, to be filled."""
@@ -192,6 +245,31 @@ cdef class Sender:
         peer.encap_bytes += inner_bytes
         self.counters.forwarded += datagrams
         self.counters.forwarded_bytes += inner_bytes
+
+
+cdef OuterPath path_from(int fd, int version) except *:
+    """The path's source half: the address and port the socket is bound to."""
+    cdef OuterPath path
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        name = sock.getsockname()
+    address = socket.inet_pton(family, name[0])
+    memset(&path, 0, sizeof(path))
+    path.family = version
+    path.source_port = name[1]
+    memcpy(path.source, <const uint8_t *> address, len(address))
+    return path
+
+
+cdef inline void endpoint_to_path(const Peer *peer, OuterPath *path) noexcept nogil:
+    cdef const sockaddr_in *v4 = <const sockaddr_in *> &peer.endpoint
+    cdef const sockaddr_in6 *v6 = <const sockaddr_in6 *> &peer.endpoint
+    if peer.family == AF_INET:
+        memcpy(path.destination, &v4.sin_addr, 4)
+        path.destination_port = load16(&v4.sin_port)
+    else:
+        memcpy(path.destination, &v6.sin6_addr, 16)
+        path.destination_port = load16(&v6.sin6_port)
 
 
 cdef inline int datagram_pieces(uint32_t key) noexcept nogil:

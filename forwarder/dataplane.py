@@ -178,7 +178,7 @@ class DataPlane:
         given_up = {
             name: "refused by the kernel while forwarding"
             for name, on in self._pump.offloads.items()
-            if self._wanted[name] and not on
+            if self._wanted.get(name) and not on
         }
         refusals = {**given_up, **self._refusals}
         return {name: judge(self._wanted[name], refusals.get(name)) for name in ABOUT}

@@ -14,6 +14,7 @@ from fastpath.linux cimport (
 )
 
 VNET_HEADER_SIZE = sizeof(virtio_net_hdr)
+TUNNEL_VNET_HEADER_SIZE = 24  # struct virtio_net_hdr_v1_hash_tunnel, newer than many headers
 
 # TUN_F_USO4 and TUN_F_USO6 came with Linux 6.2: newer than the headers some distributions have.
 cdef enum:
@@ -26,7 +27,12 @@ def set_vnet_header_size(int fd, int size):
         PyErr_SetFromErrno(OSError)
 
 
-def set_offloads(int fd, *, bint checksum, bint tso, bint uso):
+# TUN_F_UDP_TUNNEL_GSO and TUN_F_UDP_TUNNEL_GSO_CSUM came with Linux 6.17.
+cdef enum:
+    TUN_UDP_TUNNEL = 0x80 | 0x100
+
+
+def set_offloads(int fd, *, bint checksum, bint tso, bint uso, bint udp_tunnel=False):
     """TUNSETOFFLOAD with the named bits and no others. OSError EINVAL if the kernel lacks one."""
     cdef unsigned long bits = 0
     if checksum:
@@ -35,5 +41,7 @@ def set_offloads(int fd, *, bint checksum, bint tso, bint uso):
         bits |= TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
     if uso:
         bits |= TUN_USO
+    if udp_tunnel:
+        bits |= TUN_UDP_TUNNEL
     if ioctl(fd, TUNSETOFFLOAD, bits) < 0:
         PyErr_SetFromErrno(OSError)

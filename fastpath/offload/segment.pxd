@@ -56,6 +56,7 @@ cdef struct Superframe:
     uint16_t ip_header       # bytes of the IPv4 header
     uint8_t family
     bint tcp
+    bint congestion_reduced  # the first segment carries CWR, and no other may
 
 
 cdef inline int segment_open(
@@ -73,6 +74,7 @@ cdef inline int segment_open(
     cut.transport = offload.checksum_start
     cut.size = offload.gso_size
     cut.tcp = kind != VIRTIO_GSO_UDP_L4
+    cut.congestion_reduced = offload.gso_type & VIRTIO_GSO_ECN != 0
     if kind not in (VIRTIO_GSO_TCPV4, VIRTIO_GSO_TCPV6, VIRTIO_GSO_UDP_L4):
         return DROP_VIRTIO_HEADER
     if (kind == VIRTIO_GSO_TCPV4 and info.family != 4) or (kind == VIRTIO_GSO_TCPV6 and info.family != 6):

@@ -12,10 +12,13 @@ from fastpath.wire.ethernet cimport ETHERNET_HEADER
 cdef enum:
     VIRTIO_HEADER = 10
     VIRTIO_NEEDS_CSUM = 1
+    VIRTIO_UDP_TUNNEL_CSUM = 8
     VIRTIO_GSO_NONE = 0
     VIRTIO_GSO_TCPV4 = 1
     VIRTIO_GSO_TCPV6 = 4
     VIRTIO_GSO_UDP_L4 = 5
+    VIRTIO_GSO_UDP_TUNNEL_IPV4 = 0x20  # with one of the above, and VIRTIO_UDP_TUNNEL_CSUM in the flags
+    VIRTIO_GSO_UDP_TUNNEL_IPV6 = 0x40
     VIRTIO_GSO_ECN = 0x80  # a flag beside the TCP types: CWR is set in the first segment only
     UDP_CHECKSUM_OFFSET = 6
 
