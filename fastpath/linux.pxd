@@ -12,6 +12,31 @@ cdef extern from "<errno.h>" nogil:
         EIO
         EMSGSIZE
         ENOBUFS
+        ENOSYS
+
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+
+
+cdef extern from "<sys/epoll.h>" nogil:
+    union epoll_data:
+        int fd
+
+    struct epoll_event:
+        uint32_t events
+        epoll_data data
+
+    enum:
+        EPOLL_CLOEXEC
+        EPOLL_CTL_ADD
+        EPOLLIN
+
+    int epoll_create1(int flags)
+    int epoll_ctl(int poll_fd, int operation, int fd, epoll_event *event)
+    int epoll_pwait2(int poll_fd, epoll_event *events, int count, const timespec *timeout, const void *mask)
 
 
 cdef extern from "<sys/types.h>" nogil:

@@ -18,15 +18,21 @@ cdef enum:
     HEADROOM = 128                # TUNNEL_HEADERS, rounded up
     FRAME_BYTES = 65536 + 64      # the longest frame with its virtio header
     ARENA_BYTES = 256 * 1024
+    ENCAP_BUDGET = 256            # frames in one call of encap()
     RECEIVERS = 8
+    LONG_MESSAGE = 16 * 1024      # a message longer than this is a train or a superframe
+    LONG_BATCH = 8                # messages of that kind in one receive: what the cache holds
+    TURN_ROUNDS = 64              # waits in one call of turn()
 
 
 cdef struct Receiver:
     int fd
     Encapsulation encapsulation
+    int budget                    # messages in the next receive
 
 
 cdef class Pump:
+    cdef int poll_fd
     cdef int tap_fd
     cdef int vnet_size
     cdef uint32_t vni
@@ -44,6 +50,8 @@ cdef class Pump:
     cdef uint8_t *arena
     cdef ReceiveBatch *inbox
 
+    cdef int run_turn(self, long idle_microseconds) noexcept nogil
+    cdef int look_once(self) noexcept nogil
     cdef int run_encap(self, int budget) noexcept nogil
     cdef int encap_frame(self, uint8_t *buffer, size_t length, uint32_t *packets) noexcept nogil
     cdef int run_decap(self, Receiver *receiver, int budget) noexcept nogil

@@ -26,6 +26,11 @@ class Pump:
     def add_sender(self, fd: int, family: int) -> None:
         """A non-blocking UDP socket for sending to AF_INET or AF_INET6 peers; the inner flow's
         hash picks one of those of its family (RFC 8926 section 3.3: source port entropy)."""
+    def fileno(self) -> int:
+        """Readable when turn() has something to do. The pump's own: it closes with it."""
+    def turn(self, idle_microseconds: int = 0) -> None:
+        """Move what is there, both ways in turns, and wait up to `idle_microseconds` each time for more;
+        returns when nothing came, or after a bounded number of rounds. OSError if a descriptor fails."""
     def encap(self, budget: int = ...) -> int:
         """Read up to `budget` frames from the TAP and send them; how many were read."""
     def decap(self, fd: int, budget: int = ...) -> int:

@@ -19,9 +19,16 @@ from fastpath.drops cimport (
     count_drop,
     drops_by_name,
 )
+from fastpath.kernel.poll cimport POLL_EVENTS, poll_add, poll_close, poll_open, poll_wait
 from fastpath.kernel.tap cimport tap_read
 from fastpath.kernel.udp cimport RECEIVE_STRIDE, receive_batch, received
-from fastpath.linux cimport AF_INET, EAGAIN, EINTR
+from fastpath.linux cimport (
+    AF_INET,
+    EAGAIN,
+    EINTR,
+    ENOSYS,
+    epoll_event,
+)
 from fastpath.offload.plan cimport RUN_MAX_SEGMENTS
 from fastpath.offload.segment cimport Superframe, segment_open
 from fastpath.offload.virtio cimport (
@@ -43,6 +50,9 @@ cdef class Pump:
     """The two journeys: encap (TAP to UDP) and decap (UDP to TAP). Borrows its descriptors."""
 
     def __cinit__(self):
+        self.poll_fd = poll_open()
+        if self.poll_fd < 0:
+            raise OSError(-self.poll_fd, os.strerror(-self.poll_fd))
         self.arena = <uint8_t *> malloc(ARENA_BYTES)
         self.inbox = <ReceiveBatch *> calloc(1, sizeof(ReceiveBatch))
         if self.arena == NULL or self.inbox == NULL:
@@ -56,6 +66,8 @@ cdef class Pump:
             free(self.inbox.buffers)
         free(self.inbox)
         free(self.arena)
+        if self.poll_fd >= 0:
+            poll_close(self.poll_fd)
 
     def __init__(
         self,
@@ -92,6 +104,7 @@ cdef class Pump:
         self.sender.counters = &self.encap_counters
         self.writer = Writer(tap_fd, vnet_header_size, router_mac, gateway_mac, peers)
         self.writer.counters = &self.decap_counters
+        watch(self, tap_fd)
 
     def add_receiver(self, int fd, str encapsulation not None):
         """A bound, non-blocking UDP socket whose datagrams are "geneve" or "vxlan"."""
@@ -99,7 +112,10 @@ cdef class Pump:
             raise ValueError(f"encapsulation: {encapsulation!r} is neither 'geneve' nor 'vxlan'")
         if self.receiver_count == RECEIVERS:
             raise ValueError(f"receivers: no more than {RECEIVERS}")
-        self.receivers[self.receiver_count] = Receiver(fd, GENEVE if encapsulation == "geneve" else VXLAN)
+        watch(self, fd)
+        self.receivers[self.receiver_count] = Receiver(
+            fd, GENEVE if encapsulation == "geneve" else VXLAN, BATCH
+        )
         self.receiver_count += 1
 
     def add_sender(self, int fd, int family):
@@ -135,14 +151,32 @@ cdef class Pump:
         else:
             raise ValueError(f"name: {name!r} is not one of {', '.join(self.offloads)}")
 
-    def encap(self, int budget=256):
-        """Read up to `budget` frames from the TAP and send them; how many were read."""
+    def fileno(self):
+        """Readable when turn() has something to do. Ours: it closes with the pump."""
+        return self.poll_fd
+
+    def turn(self, long idle_microseconds=0):
+        """Move what is there, both ways in turns, and wait up to `idle_microseconds` each time for more;
+        returns when nothing came, or after a bounded number of rounds. OSError if a descriptor fails."""
         cdef int n
+        if not 0 <= idle_microseconds < 1000000:
+            raise ValueError(f"idle_microseconds: {idle_microseconds} is not in 0..999999")
         with nogil:
-            n = self.run_encap(budget)
+            n = self.run_turn(idle_microseconds)
         if n < 0:
+            raise OSError(-n, f"moving packets: {os.strerror(-n)}")
+
+    def encap(self, int budget=ENCAP_BUDGET):
+        """Read up to `budget` frames from the TAP and send them; how many were read."""
+        cdef int frames = 0
+        cdef int n = 1
+        with nogil:
+            while n > 0 and frames < budget:
+                n = self.run_encap(budget - frames)
+                frames += max(n, 0)
+        if n < 0 and frames == 0:
             raise OSError(-n, f"reading the TAP: {os.strerror(-n)}")
-        return n
+        return frames
 
     def decap(self, int fd, int budget=BATCH):
         """Receive up to `budget` messages from one receiver and deliver them; how many were received."""
@@ -167,6 +201,34 @@ cdef class Pump:
         """{"encap": {reason: n}, "decap": {reason: n}}, every reason present."""
         return {"encap": drops_by_name(&self.encap_counters), "decap": drops_by_name(&self.decap_counters)}
 
+    cdef int run_turn(self, long idle_microseconds) noexcept nogil:
+        cdef epoll_event events[POLL_EVENTS]
+        cdef int _round, ready, i, k, n
+        for _round in range(TURN_ROUNDS):
+            ready = poll_wait(self.poll_fd, events, idle_microseconds)
+            if ready == -ENOSYS:  # then without waiting: look at every descriptor once
+                return self.look_once()
+            if ready <= 0:
+                return 0 if ready == -EINTR else ready
+            for i in range(ready):
+                n = 0
+                if events[i].data.fd == self.tap_fd:
+                    n = self.run_encap(ENCAP_BUDGET)
+                for k in range(self.receiver_count):
+                    if events[i].data.fd == self.receivers[k].fd:
+                        n = self.run_decap(&self.receivers[k], self.receivers[k].budget)
+                if n < 0:
+                    return n
+        return 0
+
+    cdef int look_once(self) noexcept nogil:
+        cdef int k
+        cdef int n = self.run_encap(ENCAP_BUDGET)
+        for k in range(self.receiver_count):
+            if n >= 0:
+                n = self.run_decap(&self.receivers[k], self.receivers[k].budget)
+        return min(n, 0)
+
     # encap ----------------------------------------------------------------------------------------
 
     cdef int run_encap(self, int budget) noexcept nogil:
@@ -176,10 +238,8 @@ cdef class Pump:
         cdef uint32_t packets
         cdef int drop
         cdef uint8_t *buffer
-        while frames < budget:
-            if used + HEADROOM + FRAME_BYTES > ARENA_BYTES:
-                self.sender.flush()
-                used = 0
+        # One arena's worth at most: then the other direction has its turn.
+        while frames < budget and used + HEADROOM + FRAME_BYTES <= ARENA_BYTES:
             buffer = self.arena + used + HEADROOM
             n = tap_read(self.tap_fd, buffer, FRAME_BYTES)
             if n <= 0:
@@ -253,8 +313,11 @@ cdef class Pump:
         cdef Received message
         if n < 0:
             return 0 if n == -EAGAIN or n == -EINTR else n
+        receiver.budget = BATCH
         for i in range(n):
             message = received(self.inbox, i)
+            if message.length > LONG_MESSAGE:
+                receiver.budget = LONG_BATCH
             self.decap_message(receiver, &message)
         self.writer.flush()
         return n
@@ -334,6 +397,13 @@ cdef class Pump:
             return self.writer.put_superframe(&info, slot, self.mtu)
         self.writer.put(&info, slot)
         return 0
+
+
+cdef int watch(Pump pump, int fd) except -1:
+    cdef int failure = poll_add(pump.poll_fd, fd)
+    if failure:
+        raise OSError(-failure, os.strerror(-failure))
+    return 0
 
 
 cdef dict counters_dict(const Counters *counters):

@@ -1,7 +1,7 @@
 """The fast path on the event loop: its descriptors, its tables, its counters. The only importer of fastpath.
 
-One wake of a descriptor is one call into the pump, which moves a bounded batch without the GIL; no packet
-ever becomes a Python object.
+One wake is one turn of the pump, which moves bounded batches both ways without the GIL, and lingers a
+moment for more; no packet ever becomes a Python object.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 from fastpath.kernel.tap import VNET_HEADER_SIZE, set_offloads, set_vnet_header_size
@@ -34,6 +33,10 @@ from forwarder.peers import (
 SENDERS_PER_FAMILY: Final = 8
 """Source ports that inner flows are spread over: enough for the underlay's multipath and the receivers'
 queues, few enough that flows of one peer still meet in one run."""
+
+IDLE_MICROSECONDS: Final = 100
+"""How long one turn of the pump waits for the next packet before it gives the loop back. While packets
+come faster than that, they are moved without waking the interpreter for each."""
 
 MAX_SLOTS: Final = MAX_PEERS
 
@@ -124,13 +127,11 @@ class DataPlane:
     def start(self) -> None:
         """Forward whatever arrives from now on, on the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._tap_fd, self._run, self._pump.encap)
-        for descriptor in self._receivers:
-            self._loop.add_reader(descriptor, self._run, partial(self._pump.decap, descriptor))
+        self._loop.add_reader(self._pump.fileno(), self._turn)
 
-    def _run(self, journey: Callable[[], int]) -> None:
+    def _turn(self) -> None:
         try:
-            journey()
+            self._pump.turn(IDLE_MICROSECONDS)
         except OSError as error:
             # Such a descriptor stays readable and useless, as a TAP does whose link was deleted: going on
             # would only spin.
@@ -139,8 +140,7 @@ class DataPlane:
 
     def _stop(self) -> None:
         if self._loop is not None:
-            for descriptor in (self._tap_fd, *self._receivers):
-                self._loop.remove_reader(descriptor)
+            self._loop.remove_reader(self._pump.fileno())
             self._loop = None
 
     def close(self) -> None:

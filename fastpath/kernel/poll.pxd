@@ -1,0 +1,46 @@
+# Waiting for the data plane's descriptors: one epoll set, which an event loop can watch as a whole.
+
+from fastpath.linux cimport (
+    EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD,
+    EPOLLIN,
+    close,
+    epoll_create1,
+    epoll_ctl,
+    epoll_event,
+    epoll_pwait2,
+    errno,
+    timespec,
+)
+
+
+cdef enum:
+    POLL_EVENTS = 16
+
+
+cdef inline int poll_open() noexcept nogil:
+    """A new set, or -errno."""
+    cdef int fd = epoll_create1(EPOLL_CLOEXEC)
+    return fd if fd >= 0 else -errno
+
+
+cdef inline void poll_close(int poll_fd) noexcept nogil:
+    close(poll_fd)
+
+
+cdef inline int poll_add(int poll_fd, int fd) noexcept nogil:
+    """Watch a descriptor for reading; 0 or -errno."""
+    cdef epoll_event event
+    event.events = EPOLLIN
+    event.data.fd = fd
+    return 0 if epoll_ctl(poll_fd, EPOLL_CTL_ADD, fd, &event) == 0 else -errno
+
+
+cdef inline int poll_wait(int poll_fd, epoll_event *events, long microseconds) noexcept nogil:
+    """How many of POLL_EVENTS events came in the time, or -errno; -ENOSYS before Linux 5.11."""
+    cdef timespec timeout
+    cdef int n
+    timeout.tv_sec = 0
+    timeout.tv_nsec = microseconds * 1000
+    n = epoll_pwait2(poll_fd, events, POLL_EVENTS, &timeout, NULL)
+    return n if n >= 0 else -errno
