@@ -366,7 +366,7 @@ def delete_port(attachment: Attachment, host: Netlink) -> None:
     """Delete the host end, its peer with it. Another's link of that name is left alone."""
     port = host.find_link(host_ifname_of(attachment))
     if port is not None and _is_port_of(attachment, port):
-        netlink.delete_and_go_on(host, port.name)
+        netlink.delete_and_go_on(port.name)
 
 
 def _is_port_of(attachment: Attachment, port: Link) -> bool:

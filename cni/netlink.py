@@ -49,6 +49,7 @@ _SKIP_STATISTICS = 1 << 3
 
 _TIMEOUT_S = 10.0
 _DUMP_TRIES = 10
+_LOOK_AGAIN_S = 0.0003
 _RECEIVE_BYTES = 1 << 16  # the kernel's dump messages are at most 32 KiB
 
 
@@ -312,29 +313,37 @@ class Netlink:
             offset += max(_aligned(length), _HEADER.size)
 
 
-def delete_and_go_on(host: Netlink, name: str) -> None:
-    """Delete `name`; return when it and its peer are out of their namespaces.
+def delete_and_go_on(name: str) -> None:
+    """Delete `name`; return when it and its peer are closed and out of their namespaces.
 
-    The kernel answers only when it has also freed them, some RCU grace periods and about 10 ms later. That
-    is waited for on another thread, which a process outlives: it ends by itself.
+    The kernel answers only when it has freed them, some RCU grace periods and 10 to 30 ms later. That is
+    waited for on another thread, which ends by itself.
     """
     failure: list[BaseException] = []
-    with_answer = Netlink()
+    netlink = Netlink()
 
     def delete() -> None:
-        with with_answer:
+        with netlink:
             try:
-                with_answer.delete_link(name)
+                netlink.delete_link(name)
             except BaseException as error:
                 failure.append(error)
 
     thread = threading.Thread(target=delete, name="delete-link")
     thread.start()
-    # A look waits while the kernel unhooks the link, since both need its lock; before that it finds the link.
-    while host.find_link(name) is not None and thread.is_alive():
-        time.sleep(0.0002)
+    # This look, unlike one by netlink, does not wait for the lock that the deletion holds.
+    while thread.is_alive() and _exists(name):
+        time.sleep(_LOOK_AGAIN_S)
     if not thread.is_alive() and failure:
         raise failure[0]
+
+
+def _exists(name: str) -> bool:
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return False
+    return True
 
 
 def ipv6_present() -> bool:
