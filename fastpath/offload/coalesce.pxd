@@ -41,6 +41,9 @@ from fastpath.wire.ip cimport (
     IPV6_HOP_LIMIT,
     IPV6_LENGTH,
     IPV6_SOURCE,
+    PROTOCOL_DESTINATION,
+    PROTOCOL_HOP_BY_HOP,
+    PROTOCOL_ROUTING,
     PROTOCOL_TCP,
     PROTOCOL_UDP,
     TCP_ACK,
@@ -52,6 +55,7 @@ from fastpath.wire.ip cimport (
     TCP_HEADER,
     TCP_PSH,
     TCP_SEQUENCE,
+    TCP_URGENT,
     TCP_WINDOW,
     UDP_CHECKSUM,
     UDP_HEADER,
@@ -139,8 +143,11 @@ cdef inline uint32_t mergeable_headers(const Coalescer *all, const Frame *info) 
     cdef uint32_t own
     if info.is_fragment:
         return 0
-    if info.family == 4 and info.header_length != IPV4_HEADER:
-        return 0  # IPv4 options may mean something in each packet
+    if info.family == 4:
+        if info.header_length != IPV4_HEADER:
+            return 0  # IPv4 options may mean something in each packet
+        if sum_fold(sum_add(info.packet, IPV4_HEADER, 0)) != 0xFFFF:
+            return 0  # a superframe's header is made anew: its checksum would be right
     if info.protocol == PROTOCOL_TCP and all.tcp and length >= TCP_HEADER:
         own = (transport[TCP_DATA_OFFSET] >> 4) * 4
         if own < TCP_HEADER or own >= length:
@@ -188,7 +195,7 @@ cdef inline bint same_tcp(const Chain *chain, const Frame *info) noexcept nogil:
         and memcmp(a + TCP_ACKNOWLEDGEMENT, b + TCP_ACKNOWLEDGEMENT, 5) == 0
         and (chain.last_flags ^ b[TCP_FLAGS]) & ~TCP_PSH == 0
         and memcmp(a + TCP_WINDOW, b + TCP_WINDOW, 2) == 0
-        and memcmp(a + TCP_HEADER, b + TCP_HEADER, options) == 0
+        and memcmp(a + TCP_URGENT, b + TCP_URGENT, 2 + options) == 0
     )
 
 
@@ -211,6 +218,25 @@ cdef inline bint chain_accepts(
         return False
     chain.verified = True
     return partial or transport_checksum_holds(info)
+
+
+cdef inline bint hides_ports(const Frame *info) noexcept nogil:
+    """Fragments and IPv6 extension headers: the packet may be of any flow between its addresses."""
+    return info.is_fragment or (
+        info.family == 6 and info.protocol in (PROTOCOL_HOP_BY_HOP, PROTOCOL_ROUTING, PROTOCOL_DESTINATION)
+    )
+
+
+cdef inline void close_between(Coalescer *all, const Frame *info) noexcept nogil:
+    """Let no packet between these addresses join a chain that began before now."""
+    cdef Chain *chain
+    cdef int i
+    for i in range(all.count):
+        chain = &all.chains[i]
+        if chain.first.family == info.family and memcmp(
+            chain.first.source, info.source, 8 if info.family == 4 else 32
+        ) == 0:
+            chain.closed = True
 
 
 cdef inline Chain *chain_begin(
@@ -261,6 +287,8 @@ cdef inline bint coalesce_add(Coalescer *all, const Frame *info, uint16_t slot) 
                 chain.last_flags |= TCP_PSH
                 chain.closed = True
             return True
+    if hides_ports(info):
+        close_between(all, info)
     chain = chain_begin(all, info, slot, flow)
     if chain == NULL:
         return False

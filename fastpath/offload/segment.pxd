@@ -65,6 +65,7 @@ cdef inline int segment_open(
     """Check that the virtio header and the frame agree; 0, or the Drop. header_length is not read:
     where the transport header begins is checksum_start, and it tells its own length."""
     cdef int kind = offload.gso_type & ~VIRTIO_GSO_ECN
+    cdef uint32_t ip_end = ETHERNET_HEADER + info.header_length
     cdef uint32_t end = ETHERNET_HEADER + info.packet_length
     cdef uint16_t length_raw, field
     cdef uint32_t own
@@ -81,12 +82,10 @@ cdef inline int segment_open(
         return DROP_VIRTIO_HEADER
     if cut.size == 0 or not offload.flags & VIRTIO_NEEDS_CSUM or info.is_fragment:
         return DROP_VIRTIO_HEADER
-    if info.family == 4:
-        if cut.transport != <uint32_t> ETHERNET_HEADER + info.header_length:
-            return DROP_VIRTIO_HEADER
-        if info.protocol != (PROTOCOL_TCP if cut.tcp else PROTOCOL_UDP):
-            return DROP_VIRTIO_HEADER
-    elif cut.transport < ETHERNET_HEADER + IPV6_HEADER:
+    if cut.transport < ip_end or (cut.transport > ip_end and info.family == 4):
+        return DROP_VIRTIO_HEADER
+    # Behind IPv6 extension headers, which are not walked, the protocol is taken on trust.
+    if cut.transport == ip_end and info.protocol != (PROTOCOL_TCP if cut.tcp else PROTOCOL_UDP):
         return DROP_VIRTIO_HEADER
     own = TCP_HEADER if cut.tcp else UDP_HEADER
     if cut.transport + own > end or offload.checksum_offset != (TCP_CHECKSUM if cut.tcp else UDP_CHECKSUM):
