@@ -1,0 +1,79 @@
+"""Cython beside the benchmarks, compiled when it is asked for and never installed.
+
+It uses fastpath's own .pxd files from outside, as any other project could.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from Cython.Build import cythonize
+from setuptools import Distribution, Extension
+
+ROOT = Path(__file__).resolve().parents[1]
+CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-DNDEBUG"]
+
+
+def install(name: str) -> None:
+    """Compile the module's .pyx into a directory that is gone again, so that `import NAME` finds it."""
+    if name in sys.modules:
+        return
+    source = ROOT.joinpath(*name.split(".")).with_suffix(".pyx")
+    with tempfile.TemporaryDirectory(prefix="podloom-bench-") as directory:
+        library = _build(name, source, Path(directory))
+        specification = importlib.util.spec_from_file_location(name, library)
+        assert specification is not None
+        assert specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+    sys.modules[name] = module
+    package, _, last = name.rpartition(".")
+    setattr(importlib.import_module(package), last, module)
+
+
+def _build(name: str, source: Path, directory: Path) -> Path:
+    extensions = cythonize(
+        [Extension(name, [str(source)], extra_compile_args=CFLAGS)],
+        include_path=[str(ROOT)],
+        build_dir=str(directory / "c"),
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+        },
+        quiet=True,
+    )
+    distribution = Distribution({"name": "bench", "ext_modules": extensions})
+    command = distribution.get_command_obj("build_ext")
+    command.build_lib = str(directory / "lib")
+    command.build_temp = str(directory / "objects")
+    command.ensure_finalized()
+    command.run()
+    return Path(command.get_ext_fullpath(name))
+
+
+def compiler_of(module: ModuleType) -> str | None:
+    """The compiler and flags an extension was built with, by its debug information; None if it has none."""
+    assert module.__file__ is not None
+    dump = subprocess.run(
+        ["readelf", "--debug-dump=info", "--dwarf-depth=1", module.__file__],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    for line in dump.stdout.splitlines():
+        if "DW_AT_producer" in line:
+            return line.partition("): ")[2].strip()
+    return None
+
+
+def is_optimised(compiler: str) -> bool:
+    """Whether the last -O of a compiler's flags is one that figures may be published from."""
+    levels = [flag for flag in compiler.split() if flag.startswith("-O")]
+    return bool(levels) and levels[-1] not in ("-O", "-O0", "-Og")
