@@ -10,7 +10,7 @@ import ipaddress
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -53,10 +53,11 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """`id` and `router_mac` are None when the stored id is to be used and the MAC derived from it."""
+    """`id` and `router_mac` are None when the stored id is to be used and the MAC derived from it; `prefixes`
+    are none when the discovery source gives them."""
 
     endpoints: tuple[Address, ...]
-    prefixes: tuple[Network, ...]
+    prefixes: tuple[Network, ...] = ()
     id: str | None = None
     router_mac: bytes | None = None
     state_dir: Path = Path("/var/lib/podloom")
@@ -100,8 +101,29 @@ class OffloadConfig:
 
 @dataclass(frozen=True, slots=True)
 class DiscoveryConfig:
+    """`urls` to `hold_seconds` are etcd's, the files' being None where there is none; `kubeconfig` to
+    `compat` Kubernetes'."""
+
     source: str = "static"
     file: Path = Path("/etc/podloom/peers.toml")
+    urls: tuple[str, ...] = ("http://127.0.0.1:2379",)
+    key_prefix: str = "/podloom"
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    username: str = ""
+    password_file: Path | None = None
+    prefix_length_ipv4: int = 24
+    prefix_length_ipv6: int = 64
+    lease_seconds: int = 30
+    hold_seconds: int = 3600
+    kubeconfig: Path | None = None
+    node_name: str = ""
+    compat: str = "none"
+
+    def prefix_length(self, version: int) -> int:
+        """Of the prefixes that nodes take from the cluster's networks of an IP version."""
+        return self.prefix_length_ipv4 if version == 4 else self.prefix_length_ipv6
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +173,16 @@ def parse(text: str) -> Config:
     faults: list[Fault] = []
     tables = _decode(text)
     cluster = read_section(ClusterConfig, _CLUSTER, _pop_table(tables, "cluster", faults), "cluster", faults)
-    node = read_section(NodeConfig, _NODE, _pop_table(tables, "node", faults), "node", faults)
+    node_table = _pop_table(tables, "node", faults)
+    node = read_section(NodeConfig, _NODE, node_table, "node", faults)
     tunnel = read_section(TunnelConfig, _TUNNEL, _pop_table(tables, "tunnel", faults), "tunnel", faults)
     links = read_section(LinksConfig, _LINKS, _pop_table(tables, "links", faults), "links", faults)
     offload = read_section(OffloadConfig, _OFFLOAD, _pop_table(tables, "offload", faults), "offload", faults)
     discovery = read_section(
         DiscoveryConfig, _DISCOVERY, _pop_table(tables, "discovery", faults), "discovery", faults
     )
+    if "prefixes" not in node_table and (discovery is None or discovery.source == "static"):
+        faults.append(Fault("node.prefixes", MISSING, _NODE["prefixes"].allowed))
     # A peer's absent keys stand for ours; where ours are faulty any value does to find the peer's faults.
     defaults = cluster or ClusterConfig(()), tunnel or TunnelConfig()
     peers = _read_peers(tables, *defaults, faults)
@@ -182,6 +207,46 @@ def parse_peers(text: str, config: Config) -> tuple[PeerRecord, ...]:
     if faults:
         raise ConfigError(faults)
     return peers
+
+
+def read_record(table: Mapping[str, Any], key: str) -> PeerRecord:
+    """The peer that somebody else's table describes, in which what we do not know is left alone: a newer
+    podloom may have written it. ConfigError with every fault in it, each below `key`."""
+    faults: list[Fault] = []
+    known = {name: value for name, value in table.items() if name in _PEER}
+    record = read_section(PeerRecord, _PEER, known, key, faults)
+    if record is None:
+        raise ConfigError(faults)
+    return record
+
+
+def record_table(record: PeerRecord) -> dict[str, Any]:
+    """What `read_record` reads the same record from; it can be written as JSON."""
+    return {
+        "id": record.id,
+        "endpoints": [str(endpoint) for endpoint in record.endpoints],
+        "port": record.port,
+        "encapsulation": record.encapsulation,
+        "vni": record.vni,
+        "router_mac": format_mac(record.router_mac),
+        "prefixes": [str(prefix) for prefix in record.prefixes],
+    }
+
+
+def own_record(config: Config) -> PeerRecord:
+    """This node as its peers are to know it; the configuration is identified and has prefixes."""
+    assert config.node.id is not None  # noqa: S101 (identified)
+    assert config.node.router_mac is not None  # noqa: S101
+    tunnel = config.tunnel
+    return PeerRecord(
+        id=config.node.id,
+        endpoints=config.node.endpoints,
+        port=tunnel.port(tunnel.encapsulation),
+        encapsulation=tunnel.encapsulation,
+        vni=config.cluster.vni,
+        router_mac=config.node.router_mac,
+        prefixes=config.node.prefixes,
+    )
 
 
 def is_node_id(text: str) -> bool:
@@ -215,7 +280,8 @@ cidrs = ["10.42.0.0/16", "fd42::/48"]
 [node]
 # This node's addresses on the underlay: one IPv4, one IPv6, or one of each.
 endpoints = ["192.0.2.1"]
-# What this node's pods get their addresses from. Inside cluster.cidrs and nobody else's.
+# What this node's pods get their addresses from. Inside cluster.cidrs and nobody else's. May be left out
+# where the discovery source gives them: etcd from cluster.cidrs, kubernetes from the Node's podCIDRs.
 prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 # The node's name for its peers. Default: a random one, made once and kept in state_dir.
 #id = "node-1"
@@ -250,9 +316,32 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 {_offload_lines()}
 
 [discovery]
-# Where peers come from. "static": [[peer]] tables, here and in a file that is re-read when it changes.
+# Where peers come from; the [[peer]] tables here come on top, and stand where the two disagree.
+# "static": a file of [[peer]] tables that is re-read when it changes. "etcd": nodes register themselves.
+# "kubernetes": the cluster's Node objects.
 #source = "{discovery.source}"
 #file = "{discovery.file}"
+# etcd: any of its members, and what the keys begin with. "" is no file, or no user.
+#urls = {_toml(discovery.urls)}
+#key_prefix = "{discovery.key_prefix}"
+#ca_file = ""
+#cert_file = ""
+#key_file = ""
+#username = ""
+#password_file = ""
+# How long the prefixes are that nodes without node.prefixes take from cluster.cidrs.
+#prefix_length_ipv4 = {discovery.prefix_length_ipv4}
+#prefix_length_ipv6 = {discovery.prefix_length_ipv6}
+# A node not heard of for lease_seconds is no peer any more; its prefix is withheld for hold_seconds, in
+# which it can come back to it, and then free for another.
+#lease_seconds = {discovery.lease_seconds}
+#hold_seconds = {discovery.hold_seconds}
+# kubernetes: "" is the service account of the pod that podloom runs in.
+#kubeconfig = ""
+# This node's name there. "": the environment's NODE_NAME, or else the host's name.
+#node_name = ""
+# "flannel" joins a cluster of flannel's VXLAN nodes, by flannel's annotations instead of ours.
+#compat = "{discovery.compat}"
 
 # One table for each other node.
 #[[peer]]
@@ -329,6 +418,29 @@ def _check_together(config: Config) -> Iterator[Fault]:
         yield Fault("tunnel.geneve_port", tunnel.geneve_port, "must not be one of tunnel.vxlan_ports")
     if links.tap == links.bridge:
         yield Fault("links.tap", links.tap, "must differ from links.bridge")
+    yield from _check_discovery(config)
+
+
+def _check_discovery(config: Config) -> Iterator[Fault]:
+    discovery = config.discovery
+    if discovery.source == "etcd" and not config.node.prefixes:
+        for cidr in config.cluster.cidrs:
+            length = discovery.prefix_length(cidr.version)
+            if length < cidr.prefixlen:
+                key = f"discovery.prefix_length_ipv{cidr.version}"
+                yield Fault(key, length, f"must be at least {cidr.prefixlen}, to lie inside {cidr}")
+    if (discovery.cert_file is None) != (discovery.key_file is None):
+        missing = "key_file" if discovery.key_file is None else "cert_file"
+        yield Fault(f"discovery.{missing}", MISSING, "cert_file and key_file go together")
+    if (discovery.username == "") != (discovery.password_file is None):
+        missing = "password_file" if discovery.username else "username"
+        yield Fault(f"discovery.{missing}", MISSING, "username and password_file go together")
+    if discovery.hold_seconds < discovery.lease_seconds:
+        allowed = f"must be at least discovery.lease_seconds, {discovery.lease_seconds}"
+        yield Fault("discovery.hold_seconds", discovery.hold_seconds, allowed)
+    if discovery.compat == "flannel" and config.tunnel.encapsulation != "vxlan":
+        allowed = 'must be "vxlan" when discovery.compat is "flannel"'
+        yield Fault("tunnel.encapsulation", config.tunnel.encapsulation, allowed)
 
 
 def _endpoints() -> Kind:
@@ -387,6 +499,10 @@ def _directory(text: str) -> Path:
     if not path.is_absolute() or "\0" in text:
         raise ValueError
     return path
+
+
+def _optional_file(text: str) -> Path | None:
+    return _directory(text) if text else None
 
 
 def _run_directory(text: str) -> Path:
@@ -471,9 +587,31 @@ _LINKS: Final = {
     "keep_on_exit": kind_of(bool, "must be true or false"),
 }
 _OFFLOAD: Final = {item.name: kind_of(bool, "must be true or false") for item in fields(OffloadConfig)}
+_OPTIONAL_FILE = kind_of(str, 'must be an absolute path, or ""', _optional_file)
 _DISCOVERY: Final = {
-    "source": one_of("static"),
+    "source": one_of("static", "etcd", "kubernetes"),
     "file": kind_of(str, _ABSOLUTE, _directory),
+    "urls": list_of(
+        matching(
+            r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[1-9][0-9]{0,4})?",
+            'must be a URL such as "https://192.0.2.9:2379"',
+        ),
+        "must be a list of the URLs of etcd's members",
+        at_least=1,
+    ),
+    "key_prefix": matching(r"/[A-Za-z0-9_./-]{0,200}[A-Za-z0-9_.-]", 'must be a path such as "/podloom"'),
+    "ca_file": _OPTIONAL_FILE,
+    "cert_file": _OPTIONAL_FILE,
+    "key_file": _OPTIONAL_FILE,
+    "username": kind_of(str, "must be a string"),
+    "password_file": _OPTIONAL_FILE,
+    "prefix_length_ipv4": integer(8, LONGEST_GATEWAY_PREFIX[4]),
+    "prefix_length_ipv6": integer(16, LONGEST_GATEWAY_PREFIX[6]),
+    "lease_seconds": integer(2, 3600),
+    "hold_seconds": integer(2, 30 * 86400),
+    "kubeconfig": _OPTIONAL_FILE,
+    "node_name": matching(r"[a-z0-9.-]{0,253}", 'must be a Node\'s name, or ""'),
+    "compat": one_of("none", "flannel"),
 }
 _PEER: Final = {
     "id": _NODE_ID,
@@ -493,7 +631,7 @@ _PEER: Final = {
 def _render_fields(section: Any) -> Iterator[str]:
     for item in fields(section):
         value = getattr(section, item.name)
-        if value is not None:
+        if value is not None and (value != () or item.default != ()):
             yield f"{item.name} = {_toml(value)}"
 
 

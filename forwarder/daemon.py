@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,19 +26,21 @@ import uvloop
 
 from cni.service import CniService, NodeNetwork
 from forwarder import links
-from forwarder.addresses import format_mac, gateway_of
-from forwarder.config import SECTIONS, Config, load
+from forwarder.addresses import Network, format_mac, gateway_of
+from forwarder.config import SECTIONS, Config, DiscoveryConfig, load
 from forwarder.control.messages import Request
 from forwarder.control.server import ControlServer, VerbError
 from forwarder.dataplane import MAX_SLOTS, DataPlane, DataPlaneError, Settings
-from forwarder.discovery import Snapshot, Source, Trouble
+from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Source, Trouble, Upsert, stored
+from forwarder.discovery.etcd import EtcdSource
 from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
 from forwarder.links import LinkError
 from forwarder.node import IdentityError, gateway_mac, identify
 from forwarder.offloads import ABOUT
-from forwarder.peers import OVERHEAD_BYTES, PeerRecord, Tables, TooManyPeersError, check, diff, tables_for
+from forwarder.peers import OVERHEAD_BYTES, PeerPath, PeerRecord, check, diff, tables_for
 from forwarder.reconcile import Wiring
+from forwarder.registry import Delta, Registry
 from forwarder.version import podloom_version
 
 log = logging.getLogger("podloom")
@@ -52,6 +55,12 @@ INNER_HEADER_BYTES: Final = 8 + 14
 
 CNI_WORKERS: Final = 8
 
+MAX_REFUSALS_TOLD: Final = 10
+"""Of refused records in the log and in `status`: there may be as many as somebody likes to write."""
+
+SAVE_SECONDS: Final = 1.0
+"""Between two writings of the peers to disk."""
+
 SWITCH_SECONDS: Final = 0.001
 """How long a CNI call may keep the interpreter while a packet waits. The default is five times that, on
 top of each round trip whose batch needs the interpreter once; shorter only adds switches."""
@@ -59,8 +68,7 @@ top of each round trip whose batch needs the interpreter once; shorter only adds
 CHANGEABLE: Final = {
     "tunnel.encapsulation",
     "links.keep_on_exit",
-    "discovery.source",
-    "discovery.file",
+    *(f"discovery.{item.name}" for item in fields(DiscoveryConfig)),
     "peers",
     *(f"offload.{name}" for name in ABOUT),
 }
@@ -136,10 +144,13 @@ def refuse(faults: list[Fault]) -> None:
 
 @dataclass(slots=True)
 class DiscoveryState:
-    """What `status` shows of the source. `updated_at` is when the last good snapshot came."""
+    """What `status` shows of the source. `updated_at` is when it was heard last; `stored_at`, in Unix time,
+    is set while the peers are those kept on disk; `unannounced` says why the others are not told of us."""
 
     updated_at: float | None = None
-    fault: str | None = None
+    stored_at: float | None = None
+    trouble: str | None = None
+    unannounced: str | None = None
 
 
 class Daemon:
@@ -151,9 +162,12 @@ class Daemon:
         self._started_at = time.monotonic()
         self._stopping = asyncio.Event()
         self._failure: Exception | None = None
-        self._tables = Tables()
-        self._records: tuple[PeerRecord, ...] = ()
+        self._slots: dict[str, int] = {}
+        self._paths: dict[int, PeerPath] = {}
+        self._records: dict[str, PeerRecord] = {}
         self._discovery = DiscoveryState()
+        self._refusals: tuple[str, ...] = ()
+        self._unsaved = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
         self._reloading = asyncio.Lock()
         self._hang_ups: set[asyncio.Task[None]] = set()
@@ -164,6 +178,9 @@ class Daemon:
         sys.setswitchinterval(SWITCH_SECONDS)
         async with AsyncExitStack() as stack:
             self._listen_to_signals()
+            source = await self._settle()
+            if source is None:
+                return
             self._wiring, self._mtus = await asyncio.to_thread(plan_wiring, self._config)
             wiring = self._wiring
             tap = await asyncio.to_thread(links.open_tap, wiring.tap, wiring.node_id, wiring.router_mac)
@@ -174,8 +191,13 @@ class Daemon:
             stack.callback(self._dataplane.close)
             for operation in await asyncio.to_thread(links.ensure, wiring):
                 log.debug("%s", operation)
-            await self._follow()
+            self._registry = Registry(self._config.local, capacity=MAX_SLOTS - 1)
+            self._recall()
+            stack.push_async_callback(self._save)
+            await self._follow(source)
             stack.push_async_callback(self._unfollow)
+            saver = asyncio.create_task(self._save_changes())
+            stack.callback(saver.cancel)
             self._dataplane.start()
             self._cni = CniService(node_network(self._wiring), self._config.node.state_dir)
             stack.callback(self._cni.close)
@@ -217,12 +239,35 @@ class Daemon:
 
     # Peers
 
-    async def _follow(self) -> None:
-        """Start following the configured source; returns when its first word has been applied."""
+    async def _settle(self) -> Source | None:
+        """The source, once this node has its prefixes by it; None if we are told to stop before."""
+        self._stored = stored.read(self._config.node.state_dir, self._config.discovery.source)
+        source = make_source(self._config, self._stored.prefixes if self._stored else ())
+        asking = asyncio.ensure_future(source.own_prefixes())
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not asking.done():
+            asking.cancel()
+            await asyncio.wait((asking,))
+            return None
+        self._config = with_prefixes(self._config, asking.result())
+        return source
+
+    def _recall(self) -> None:
+        """Begin with the peers of last time, until the source is heard."""
+        if self._stored is not None:
+            self._discovery.stored_at = self._stored.saved_at
+            self._take_over(self._registry.replace(self._stored.said))
+
+    async def _follow(self, source: Source) -> None:
+        """Start following a source; returns when its first word has been applied, or at once if the
+        peers of last time are there to go on with."""
         first = asyncio.Event()
-        self._follower = asyncio.create_task(self._apply_from(make_source(self._config), first.set))
+        self._follower = asyncio.create_task(self._apply_from(source, first.set))
         self._follower.add_done_callback(self._follower_ended)
-        await first.wait()
+        if self._discovery.stored_at is None:
+            await first.wait()
 
     async def _unfollow(self) -> None:
         if self._follower is not None:
@@ -238,32 +283,99 @@ class Daemon:
         try:
             async for item in source.watch():
                 self._apply(item)
-                applied()
+                if not isinstance(item, Announced):
+                    applied()
         finally:
             applied()
 
-    def _apply(self, item: Snapshot | Trouble) -> None:
-        faults = item.faults if isinstance(item, Trouble) else self._take_over(item.peers)
-        if faults:
-            for fault in faults:
-                log.error("peers not changed: %s", fault)
-            self._discovery.fault = "; ".join(faults)
-        else:
-            self._discovery = DiscoveryState(updated_at=time.monotonic())
+    def _apply(self, item: Item) -> None:
+        state, now = self._discovery, time.monotonic()
+        match item:
+            case Announced(fault):
+                if fault is not None and fault != state.unannounced:
+                    log.error("%s", fault)
+                state.unannounced = fault
+                return
+            case Trouble(faults):
+                for fault in faults:
+                    log.error("peers not changed: %s", fault)
+                state.trouble = "; ".join(faults)
+                return
+            case Current():
+                pass
+            case Snapshot(said):
+                self._take_over(self._registry.replace(said))
+                self._unsaved.set()
+            case Upsert(key, said):
+                self._take_over(self._registry.upsert(key, said))
+            case Remove(key):
+                self._take_over(self._registry.remove(key))
+        state.updated_at, state.stored_at, state.trouble = now, None, None
+        self._tell_refusals()
 
-    def _take_over(self, records: tuple[PeerRecord, ...]) -> tuple[str, ...]:
-        try:
-            tables = tables_for(
-                records, previous=self._tables.slots, mtu_bytes=self._mtus, max_slots=MAX_SLOTS
-            )
-        except TooManyPeersError as error:
-            return (str(error),)
-        changes = diff(self._tables, tables)
+    def _tell_refusals(self) -> None:
+        refusals = tuple(map(str, islice(self._registry.faults, MAX_REFUSALS_TOLD)))
+        for refusal in refusals:
+            if refusal not in self._refusals:
+                log.error("a peer's record is refused: %s", refusal)
+        self._refusals = refusals
+
+    def _take_over(self, delta: Delta) -> None:
+        """Bring the fast path to what stands now; it costs what changed."""
+        if not delta:
+            return
+        old = [self._records[node_id] for node_id in delta if node_id in self._records]
+        new = [record for record in delta.values() if record is not None]
+        before = tables_for(old, previous=self._slots, mtu_bytes=self._mtus, max_slots=MAX_SLOTS)
+        for node_id, record in delta.items():
+            if record is None:
+                self._slots.pop(node_id, None)
+        after = tables_for(
+            new,
+            previous=self._slots,
+            mtu_bytes=self._mtus,
+            max_slots=MAX_SLOTS,
+            reserved=self._slots.values(),
+        )
+        changes = diff(before, after)
         self._dataplane.apply(changes)
-        if changes:
-            log.info("%d peers (%d before), %d changes", len(records), len(self._records), len(changes))
-        self._tables, self._records = tables, records
-        return ()
+        for slot in before.paths:
+            self._paths.pop(slot, None)
+        self._slots.update(after.slots)
+        self._paths.update(after.paths)
+        count = len(self._records)
+        for record in old:
+            del self._records[record.id]
+        self._records.update((record.id, record) for record in new)
+        self._unsaved.set()
+        log.info("%d peers (%d before), %d changes", len(self._records), count, len(changes))
+
+    # The peers on disk
+
+    async def _save_changes(self) -> None:
+        while True:
+            await self._unsaved.wait()
+            await self._save()
+            await asyncio.sleep(SAVE_SECONDS)
+
+    async def _save(self) -> None:
+        """Keep what stands, if the source said so and it is not kept yet."""
+        if not self._unsaved.is_set() or self._discovery.updated_at is None:
+            return
+        self._unsaved.clear()
+        config = self._config
+        records = list(self._records.values())
+        try:
+            await asyncio.to_thread(
+                stored.write,
+                config.node.state_dir,
+                config.discovery.source,
+                time.time(),
+                config.node.prefixes,
+                records,
+            )
+        except OSError as error:
+            log.warning("the peers are not kept in %s: %s", config.node.state_dir, error.strerror)
 
     # Reload
 
@@ -285,6 +397,8 @@ class Daemon:
         change at all, if anything is refused."""
         async with self._reloading:
             config = identify(load(self._path))
+            if not config.node.prefixes:
+                config = with_prefixes(config, self._config.node.prefixes)
             refuse(check(config.peers, config.local))
             changed = changed_keys(self._config, config)
             frozen = [key for key in changed if key not in CHANGEABLE]
@@ -294,12 +408,14 @@ class Daemon:
                     for key in frozen
                 ]
             )
+            source = make_source(config)
             for name, on in asdict(config.offload).items():
                 if f"offload.{name}" in changed:
                     self._dataplane.set_offload(name, on)
             self._config = config
             await self._unfollow()
-            await self._follow()
+            self._discovery.unannounced = None
+            await self._follow(source)
         log.info("reloaded: %s", ", ".join(changed) or "nothing changed")
         return list(changed)
 
@@ -310,7 +426,7 @@ class Daemon:
             case "status":
                 return self._status()
             case "peers":
-                return [self._peer(record) for record in self._records]
+                return [self._peer(record) for record in self._records.values()]
             case "drops":
                 return self._dataplane.drops()
             case "offload":
@@ -346,7 +462,6 @@ class Daemon:
 
     def _status(self) -> dict[str, Any]:
         config, now = self._config, time.monotonic()
-        updated_at = self._discovery.updated_at
         return {
             "node_id": self._wiring.node_id,
             "version": podloom_version(),
@@ -361,18 +476,28 @@ class Daemon:
             "vni": config.cluster.vni,
             "ports": {"geneve": config.tunnel.geneve_port, "vxlan": list(config.tunnel.vxlan_ports)},
             "peers": len(self._records),
-            "discovery": {
-                "source": config.discovery.source,
-                "age_seconds": None if updated_at is None else round(now - updated_at, 3),
-                "fault": self._discovery.fault,
-            },
+            "discovery": self._discovery_status(now),
             "counters": self._dataplane.counters(),
             "offloads": {name: asdict(offload) for name, offload in self._dataplane.offloads().items()},
         }
 
+    def _discovery_status(self, now: float) -> dict[str, Any]:
+        state, age = self._discovery, None
+        if state.stored_at is not None:
+            age = max(0.0, time.time() - state.stored_at)
+        elif state.updated_at is not None:
+            age = now - state.updated_at
+        return {
+            "source": self._config.discovery.source,
+            "stored": state.stored_at is not None,
+            "age_seconds": None if age is None else round(age, 3),
+            "fault": state.trouble or "; ".join(self._refusals) or None,
+            "unannounced": state.unannounced,
+        }
+
     def _peer(self, record: PeerRecord) -> dict[str, Any]:
-        slot = self._tables.slots[record.id]
-        path = self._tables.paths[slot]
+        slot = self._slots[record.id]
+        path = self._paths[slot]
         return {
             "id": record.id,
             "endpoint": str(path.endpoint),
@@ -387,8 +512,18 @@ class Daemon:
         }
 
 
-def make_source(config: Config) -> Source:
-    return StaticSource(config)
+def make_source(config: Config, stored_prefixes: tuple[Network, ...] = ()) -> Source:
+    """The configured source; `stored_prefixes` are those that this node had when it ran last. ConfigError if
+    a file that [discovery] names cannot be used."""
+    match config.discovery.source:
+        case "etcd":
+            return EtcdSource(config, stored_prefixes)
+        case _:
+            return StaticSource(config)
+
+
+def with_prefixes(config: Config, prefixes: tuple[Network, ...]) -> Config:
+    return replace(config, node=replace(config.node, prefixes=prefixes))
 
 
 def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:

@@ -47,34 +47,35 @@ def check(records: Sequence[PeerRecord], local: Local, keys: Sequence[str] | Non
     """What makes these records impossible together, or impossible as peers of this node. `keys` name the
     records in the faults; peer[0], peer[1] and so on if not given."""
     keyed = list(zip(keys or [f"peer[{index}]" for index in range(len(records))], records, strict=True))
-    return [*_check_each(keyed, local), *_check_unique(keyed), *_check_overlaps(keyed, local)]
+    alone = (fault for key, record in keyed for fault in check_alone(key, record, local))
+    return [*alone, *_check_unique(keyed), *_check_overlaps(keyed, local)]
 
 
 _Keyed: TypeAlias = Sequence[tuple[str, PeerRecord]]
 
 
-def _check_each(keyed: _Keyed, local: Local) -> Iterator[Fault]:
+def check_alone(key: str, record: PeerRecord, local: Local) -> Iterator[Fault]:
+    """What makes a record impossible as a peer of this node, whoever else there is."""
     families = {endpoint.version for endpoint in local.endpoints}
-    for key, record in keyed:
-        if record.id == local.id:
-            yield Fault(f"{key}.id", record.id, "is this node's own id; must name another node")
-        if record.router_mac == local.router_mac:
-            mac = format_mac(record.router_mac)
-            yield Fault(f"{key}.router_mac", mac, "is this node's own; must be another node's")
-        for index, endpoint in enumerate(record.endpoints):
-            if endpoint in local.endpoints:
-                allowed = "is this node's own; must be another node's address"
-                yield Fault(f"{key}.endpoints[{index}]", endpoint, allowed)
-            if any(endpoint in cidr for cidr in local.cluster_cidrs):
-                allowed = "must be an underlay address, outside cluster.cidrs"
-                yield Fault(f"{key}.endpoints[{index}]", endpoint, allowed)
-        if families.isdisjoint(endpoint.version for endpoint in record.endpoints):
-            shared = " or ".join(f"IPv{version}" for version in sorted(families))
-            value = [str(endpoint) for endpoint in record.endpoints]
-            yield Fault(f"{key}.endpoints", value, f"must hold an {shared} address, as node.endpoints does")
-        for index, prefix in enumerate(record.prefixes):
-            if not any(is_inside(prefix, cidr) for cidr in local.cluster_cidrs):
-                yield Fault(f"{key}.prefixes[{index}]", prefix, "must lie inside one of cluster.cidrs")
+    if record.id == local.id:
+        yield Fault(f"{key}.id", record.id, "is this node's own id; must name another node")
+    if record.router_mac == local.router_mac:
+        mac = format_mac(record.router_mac)
+        yield Fault(f"{key}.router_mac", mac, "is this node's own; must be another node's")
+    for index, endpoint in enumerate(record.endpoints):
+        if endpoint in local.endpoints:
+            allowed = "is this node's own; must be another node's address"
+            yield Fault(f"{key}.endpoints[{index}]", endpoint, allowed)
+        if any(endpoint in cidr for cidr in local.cluster_cidrs):
+            allowed = "must be an underlay address, outside cluster.cidrs"
+            yield Fault(f"{key}.endpoints[{index}]", endpoint, allowed)
+    if families.isdisjoint(endpoint.version for endpoint in record.endpoints):
+        shared = " or ".join(f"IPv{version}" for version in sorted(families))
+        value = [str(endpoint) for endpoint in record.endpoints]
+        yield Fault(f"{key}.endpoints", value, f"must hold an {shared} address, as node.endpoints does")
+    for index, prefix in enumerate(record.prefixes):
+        if not any(is_inside(prefix, cidr) for cidr in local.cluster_cidrs):
+            yield Fault(f"{key}.prefixes[{index}]", prefix, "must lie inside one of cluster.cidrs")
 
 
 def _check_unique(keyed: _Keyed) -> Iterator[Fault]:
@@ -165,12 +166,14 @@ def tables_for(
     previous: Mapping[str, int],
     mtu_bytes: Mapping[int, int],
     max_slots: int,
+    reserved: Iterable[int] = (),
 ) -> Tables:
-    """The tables for checked records. A node keeps its slot of `previous`; `mtu_bytes` is the largest
-    inner IP packet by the underlay's IP version, and its keys are the versions this node can send."""
+    """The tables for checked records. A node keeps its slot of `previous`, and gets none of the `reserved`;
+    `mtu_bytes` is the largest inner IP packet by the underlay's IP version, and its keys are the versions
+    this node can send."""
     records = list(records)
     slots = {record.id: previous[record.id] for record in records if record.id in previous}
-    taken = set(slots.values())
+    taken = {*slots.values(), *reserved}
     free = (slot for slot in range(1, max_slots) if slot not in taken)
     paths: dict[int, PeerPath] = {}
     sources: dict[Address, int] = {}

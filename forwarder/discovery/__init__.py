@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from forwarder.peers import PeerRecord
+from forwarder.addresses import Network
+from forwarder.registry import Said
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All peers there are, checked against each other and against this node."""
+    """Everything there is, by the key the source knows it by. Of two records that exclude each other the
+    earlier one stands."""
 
-    peers: tuple[PeerRecord, ...]
+    said: Mapping[str, Said]
+
+
+@dataclass(frozen=True, slots=True)
+class Upsert:
+    """One key is new, or says something else than before."""
+
+    key: str
+    said: Said
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """The source is heard again, and what it said last is all there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +43,22 @@ class Trouble:
     faults: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Whether the others are told of this node: `fault` says why not, and is None if they are."""
+
+    fault: str | None
+
+
+Item: TypeAlias = Snapshot | Upsert | Remove | Current | Trouble | Announced
+
+
 class Source(Protocol):
     """One way to learn of peers. Made anew when the configuration changes."""
 
-    def watch(self) -> AsyncIterator[Snapshot | Trouble]:
+    async def own_prefixes(self) -> tuple[Network, ...]:
+        """What this node's pods get their addresses from, once that is known: the configuration's, or what
+        the cluster gave this node."""
+
+    def watch(self) -> AsyncIterator[Item]:
         """What is known now, at once; then whatever differs from it. Ends only by cancellation."""

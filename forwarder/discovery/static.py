@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from forwarder.addresses import Network
 from forwarder.config import Config, DiscoveryConfig, parse_peers, read_text
 from forwarder.discovery import Snapshot, Trouble
 from forwarder.faults import ConfigError
-from forwarder.peers import check
+from forwarder.peers import PeerRecord, check
 
 POLL_SECONDS: Final = 0.5
 
@@ -30,6 +31,9 @@ class StaticSource:
         self._config = config
         self._path = config.discovery.file
         self._poll_seconds = poll_seconds
+
+    async def own_prefixes(self) -> tuple[Network, ...]:
+        return self._config.node.prefixes
 
     async def watch(self) -> AsyncIterator[Snapshot | Trouble]:
         seen = signature(self._path)
@@ -58,18 +62,24 @@ def read(config: Config, file_exists: bool) -> Snapshot | Trouble:
     """The peers of the configuration and its file, or every fault in them."""
     path = config.discovery.file
     if not file_exists and path == DiscoveryConfig().file:
-        return Snapshot(config.peers)  # Nobody asked for the default file.
+        return Snapshot(main_file_peers(config))  # Nobody asked for the default file.
     try:
         from_file = parse_peers(read_text(path), config)
     except ConfigError as error:
         return Trouble(tuple(f"{path}: {fault}" for fault in error.faults))
     peers = (*from_file, *config.peers)
     keys = [f"peer[{index}]" for index in range(len(from_file))]
-    keys += [f"the main file's peer[{index}]" for index in range(len(config.peers))]
+    keys += main_file_peers(config)
+    # All or nothing: a file is one person's word, and half of it is not what was meant.
     faults = check(peers, config.local, keys)
     if faults:
         return Trouble(tuple(f"{path}: {fault}" for fault in faults))
-    return Snapshot(peers)
+    return Snapshot(dict(zip(keys, peers, strict=True)))
+
+
+def main_file_peers(config: Config) -> dict[str, PeerRecord]:
+    """The [[peer]] tables of the configuration itself, by what faults call them."""
+    return {f"the main file's peer[{index}]": peer for index, peer in enumerate(config.peers)}
 
 
 def signature(path: Path) -> Signature | None:

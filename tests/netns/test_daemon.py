@@ -133,7 +133,12 @@ def test_status_says_what_there_is(node: Node) -> None:
     assert 0 < volatile["uptime_seconds"] < 60
     assert set(volatile["counters"]) == {"encap", "decap"}
     assert volatile["discovery"].pop("age_seconds") < 60
-    assert volatile["discovery"] == {"source": "static", "fault": None}
+    assert volatile["discovery"] == {
+        "source": "static",
+        "stored": False,
+        "fault": None,
+        "unannounced": None,
+    }
 
 
 def test_what_a_person_reads(node: Node) -> None:

@@ -11,6 +11,7 @@ import pytest
 from forwarder import config
 from forwarder.discovery import Snapshot, Trouble, static
 from forwarder.discovery.static import Signature, StaticSource, read
+from forwarder.peers import PeerRecord
 
 POLL_SECONDS = 0.01
 DEADLINE_SECONDS = 10.0
@@ -40,7 +41,7 @@ def main_config(path: Path, more: str = "") -> config.Config:
 
 def ids(item: Snapshot | Trouble) -> list[str]:
     assert isinstance(item, Snapshot), item
-    return [record.id for record in item.peers]
+    return [record.id for record in item.said.values() if isinstance(record, PeerRecord)]
 
 
 def faults(item: Snapshot | Trouble) -> tuple[str, ...]:
