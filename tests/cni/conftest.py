@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -103,6 +104,14 @@ class Node:
     def call(self, command: str, pod: str, conf: Mapping[str, Any] | None = None, **env: str) -> Answer:
         """A call for the pod whose namespace and container id are `pod`."""
         return Answer.of(*self.handle(environment(command, pod, **env), json.dumps(conf or self.conf())))
+
+    def settle(self) -> None:
+        """Wait until the control socket has no call under way: one goes on when its plugin is gone. Calls
+        take turns there, so this one comes last."""
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(str(self.control_socket))
+            last.shutdown(socket.SHUT_WR)
+            assert last.recv(1) == b""
 
     def links(self) -> dict[str, dict[str, Any]]:
         return links_of(self.name)
@@ -210,7 +219,11 @@ def version(request: pytest.FixtureRequest) -> str:
 class ControlServer:
     """A line of JSON each way, one connection after the other."""
 
-    def __init__(self, path: Path, handle: Callable[[Mapping[str, str], str], tuple[int, str]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        handle: Callable[[Mapping[str, str], str], tuple[int, str]],
+    ) -> None:
         self._handle = handle
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(path))
@@ -235,7 +248,11 @@ class ControlServer:
             except OSError:
                 return
             with connection, connection.makefile("rb") as lines:
-                request = decode_request(lines.readline())
+                line = lines.readline()
+                if not line.endswith(b"\n"):
+                    continue  # the plugin was killed while it asked
+                request = decode_request(line)
                 assert request.verb == "cni"
                 exit_code, stdout = self._handle(request.args["env"], request.args["stdin"])
-                connection.sendall(encode_response(Response({"exit": exit_code, "stdout": stdout})))
+                with suppress(ConnectionError):  # or while it waited
+                    connection.sendall(encode_response(Response({"exit": exit_code, "stdout": stdout})))
