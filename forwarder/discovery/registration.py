@@ -1,9 +1,9 @@
 """How a node tells an etcd cluster that it is there, and keeps a prefix of its own.
 
-Keys with leases that the node renews: its *record*, which peers read and which goes `lease_seconds` after the
-node was last heard of, and for each prefix a *claim*, which holds the node's id and goes `hold_seconds` after.
-So a prefix is withheld from others for a while, and its node finds it again. etcd measures both times; a claim
-without a lease is kept for ever, which is how an operator reserves a prefix.
+Keys with leases that the node renews: its *record*, which peers read and which goes `lease_seconds` after
+the node was last heard of, and for each prefix a *claim*, which holds the node's id and goes `hold_seconds`
+after. So a prefix is withheld from others for a while, and its node finds it again. etcd measures both times;
+a claim without a lease is kept for ever, which is how an operator reserves a prefix.
 
 Nothing is ever overwritten: each write is a transaction on the condition that what was read still stands.
 """
