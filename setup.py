@@ -22,6 +22,7 @@ EXTENSIONS = [
     "fastpath.offload.plan",
     "fastpath.offload.segment",
     "fastpath.offload.coalesce",
+    "fastpath.offload.tunnel",
     "fastpath.table",
     "fastpath.kernel.tap",
     "fastpath.kernel.udp",

@@ -33,6 +33,7 @@ from forwarder.toml_values import (
 
 DEFAULT_PATH: Final = Path("/etc/podloom/podloom.toml")
 SECTIONS: Final = ("cluster", "node", "tunnel", "links", "offload", "discovery")
+UPLINK_CHOICES: Final = ("auto", "on", "off")
 ENCAPSULATIONS: Final = ("geneve", "vxlan")
 MAX_VNI: Final = (1 << 24) - 1
 MAX_VXLAN_PORTS: Final = 3
@@ -83,6 +84,7 @@ class TunnelConfig:
 class LinksConfig:
     bridge: str = "loom0"
     tap: str = "loom-tap"
+    uplink: str = "loom-up"
     tap_queue_frames: int = 2000
     keep_on_exit: bool = True
 
@@ -97,6 +99,7 @@ class OffloadConfig:
     udp_gro: bool = True
     merge_tcp: bool = True
     merge_udp: bool = True
+    uplink: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +308,7 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 [links]
 #bridge = "{links.bridge}"
 #tap = "{links.tap}"
+#uplink = "{links.uplink}"
 # Frames that wait in the TAP while the daemon is busy.
 #tap_queue_frames = {links.tap_queue_frames}
 # true leaves the bridge when the daemon stops, so that pods keep their wiring; false removes it.
@@ -312,7 +316,8 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 
 [offload]
 # What the kernel may spare the data plane; it is probed, and `podloom status` says what is on and why
-# not. All true; they change nothing but speed, and can be changed while the daemon runs.
+# not. They change nothing but speed, and can be changed while the daemon runs (podloom offload).
+# uplink: "auto" uses it where the underlay's device cuts tunnels itself, "on" wherever it works.
 {_offload_lines()}
 
 [discovery]
@@ -418,6 +423,8 @@ def _check_together(config: Config) -> Iterator[Fault]:
         yield Fault("tunnel.geneve_port", tunnel.geneve_port, "must not be one of tunnel.vxlan_ports")
     if links.tap == links.bridge:
         yield Fault("links.tap", links.tap, "must differ from links.bridge")
+    if links.uplink in (links.bridge, links.tap):
+        yield Fault("links.uplink", links.uplink, "must differ from links.bridge and links.tap")
     yield from _check_discovery(config)
 
 
@@ -583,10 +590,14 @@ _TUNNEL: Final = {
 _LINKS: Final = {
     "bridge": _LINK_NAME,
     "tap": _LINK_NAME,
+    "uplink": _LINK_NAME,
     "tap_queue_frames": integer(16, 65536),
     "keep_on_exit": kind_of(bool, "must be true or false"),
 }
-_OFFLOAD: Final = {item.name: kind_of(bool, "must be true or false") for item in fields(OffloadConfig)}
+_OFFLOAD: Final = {
+    **{item.name: kind_of(bool, "must be true or false") for item in fields(OffloadConfig)},
+    "uplink": one_of(*UPLINK_CHOICES),
+}
 _OPTIONAL_FILE = kind_of(str, 'must be an absolute path, or ""', _optional_file)
 _DISCOVERY: Final = {
     "source": one_of("static", "etcd", "kubernetes"),

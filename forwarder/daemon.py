@@ -26,7 +26,7 @@ import uvloop
 
 from cni.service import CniService, NodeNetwork
 from forwarder import links
-from forwarder.addresses import Network, format_mac, gateway_of
+from forwarder.addresses import Address, Network, format_mac, gateway_of
 from forwarder.config import SECTIONS, Config, DiscoveryConfig, load
 from forwarder.control.messages import Request
 from forwarder.control.server import ControlServer, VerbError
@@ -41,6 +41,7 @@ from forwarder.offloads import ABOUT
 from forwarder.peers import OVERHEAD_BYTES, PeerPath, PeerRecord, check, diff, tables_for
 from forwarder.reconcile import Wiring
 from forwarder.registry import Delta, Registry
+from forwarder.uplink import UplinkError, open_uplink
 from forwarder.version import podloom_version
 
 log = logging.getLogger("podloom")
@@ -70,7 +71,7 @@ CHANGEABLE: Final = {
     "links.keep_on_exit",
     *(f"discovery.{item.name}" for item in fields(DiscoveryConfig)),
     "peers",
-    *(f"offload.{name}" for name in ABOUT),
+    *(f"offload.{name}" for name in ABOUT if name != "uplink"),
 }
 """What SIGHUP and `reload` take over while running. The rest names sockets and links that traffic uses."""
 
@@ -220,6 +221,24 @@ class Daemon:
             log.info("stopping")
         if self._failure is not None:
             raise self._failure
+
+    async def _open_uplink(self, stack: AsyncExitStack) -> None:
+        """Use the uplink if it is wanted and passes its test; traffic goes without it otherwise."""
+        choice, endpoints = self._config.offload.uplink, self._config.node.endpoints
+        if choice == "off":
+            return
+        try:
+            if choice == "auto":
+                await asyncio.to_thread(require_tunnel_segmentation, endpoints)
+            uplink = await asyncio.to_thread(
+                open_uplink, self._config.links.uplink, self._wiring.node_id, endpoints
+            )
+        except UplinkError as error:
+            log.info("no uplink: %s", error)
+            self._dataplane.forgo_uplink(str(error))
+            return
+        stack.callback(uplink.close)
+        self._dataplane.take_uplink(uplink)
 
     # Start and end
 
@@ -526,6 +545,14 @@ def with_prefixes(config: Config, prefixes: tuple[Network, ...]) -> Config:
     return replace(config, node=replace(config.node, prefixes=prefixes))
 
 
+def require_tunnel_segmentation(endpoints: tuple[Address, ...]) -> None:
+    """UplinkError unless the underlay's devices cut tunnel superframes; where the kernel would have to,
+    sending runs of datagrams is quicker."""
+    for endpoint in endpoints:
+        if not links.segments_tunnels(endpoint):
+            raise UplinkError(f"the device of {endpoint} does not cut tunnels itself, and then it is slower")
+
+
 def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:
     """The node's place in its kernel, and by the underlay's IP version the largest inner IP packet."""
     assert config.node.id is not None  # noqa: S101 (identified)
@@ -574,7 +601,7 @@ def data_plane_settings(config: Config, wiring: Wiring) -> Settings:
         ),
         vxlan_reserved_bits=config.tunnel.vxlan_reserved_bits,
         mtu_bytes=wiring.mtu_bytes,
-        offloads=asdict(config.offload),
+        offloads={name: on for name, on in asdict(config.offload).items() if name != "uplink"},
     )
 
 

@@ -29,6 +29,7 @@ from forwarder.peers import (
     RemovePrefix,
     SetPath,
 )
+from forwarder.uplink import Uplink
 
 SENDERS_PER_FAMILY: Final = 8
 """Source ports that inner flows are spread over: enough for the underlay's multipath and the receivers'
@@ -75,6 +76,7 @@ class DataPlane:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wanted = dict.fromkeys(ABOUT, False)
         self._refusals: dict[str, str] = {}
+        self._uplink_fault: str | None = "switched off when podloom started"
         self._descriptors = ExitStack()
         with ExitStack() as undo:
             undo.enter_context(self._descriptors)
@@ -161,6 +163,8 @@ class DataPlane:
         try:
             if name in ("tso", "uso"):
                 set_offloads(self._tap_fd, checksum=True, tso=self._uses("tso"), uso=self._uses("uso"))
+            elif name == "uplink":
+                self._switch_uplink(on)
             elif name == "udp_gro":
                 for descriptor in self._receivers:
                     set_gro(descriptor, on)
@@ -170,6 +174,23 @@ class DataPlane:
             self._refusals[name] = f"refused by the kernel: {error.strerror}"
         return self.offloads()[name]
 
+    def take_uplink(self, uplink: Uplink) -> None:
+        """Send TCP superframes through it from now on. Borrowed."""
+        self._pump.set_uplink(uplink.fileno(), uplink.mac)
+        self._uplink_fault = None
+        self._wanted["uplink"] = True
+
+    def forgo_uplink(self, reason: str) -> None:
+        """Say why there is none."""
+        self._uplink_fault = reason
+        self._wanted["uplink"] = True
+
+    def _switch_uplink(self, on: bool) -> None:
+        if self._uplink_fault is not None:
+            self._refusals["uplink"] = self._uplink_fault
+        else:
+            self._pump.set_offload("uplink", on)
+
     def _uses(self, name: str) -> bool:
         return self._wanted[name] and name not in self._refusals
 
@@ -178,9 +199,11 @@ class DataPlane:
         given_up = {
             name: "refused by the kernel while forwarding"
             for name, on in self._pump.offloads.items()
-            if self._wanted.get(name) and not on
+            if self._wanted[name] and not on
         }
         refusals = {**given_up, **self._refusals}
+        if self._uplink_fault is not None:
+            refusals["uplink"] = self._uplink_fault
         return {name: judge(self._wanted[name], refusals.get(name)) for name in ABOUT}
 
     def counters(self) -> dict[str, dict[str, int]]:

@@ -18,10 +18,10 @@ from socket import AF_BRIDGE, AF_INET, AF_INET6
 from typing import Any, Final
 
 import pytun
-from pyroute2 import IPRoute
+from pyroute2 import Ethtool, IPRoute
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
-from forwarder.addresses import VIRTUAL_ROUTER, Address
+from forwarder.addresses import VIRTUAL_ROUTER, Address, format_mac
 from forwarder.reconcile import (
     ALIAS_PREFIX,
     ROUTE_PROTOCOL,
@@ -66,7 +66,7 @@ NTF_MASTER, NTF_STICKY = 0x04, 0x40
 IFA_F_NODAD = 0x02
 RTNH_F_ONLINK = 0x04
 RT_TABLE_MAIN = 254
-RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 TUNSETTXFILTER = 0x400454D1  # linux/if_tun.h; takes a struct tun_filter: flags, count, MACs
 IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 
@@ -84,8 +84,21 @@ def ipv6_available() -> bool:
 
 
 def open_tap(name: str, node_id: str, router_mac: bytes) -> Any:
-    """The pytun device of the node's TAP with our mark on it, non-blocking, gone when it is closed. It reads
-    as frames to the router MAC, each behind a virtio_net_hdr (IFF_VNET_HDR)."""
+    """The node's TAP, as `open_device`. It reads as frames to the router MAC."""
+    tap = open_device(name, node_id)
+    try:
+        # The host's own multicast and ARP are flooded to every port whatever its flags say; without
+        # this each would wake the pump only to be dropped.
+        fcntl.ioctl(tap.fileno(), TUNSETTXFILTER, struct.pack("=HH6s", 0, 1, router_mac))
+    except BaseException:
+        tap.close()
+        raise
+    return tap
+
+
+def open_device(name: str, node_id: str) -> Any:
+    """The pytun device of a TAP with our mark on it, non-blocking, gone when it is closed; each frame is
+    behind a virtio_net_hdr (IFF_VNET_HDR)."""
     with _netlink() as netlink:
         current = _link(netlink, name)
         if current is not None and not (current.kind == "tun" and is_ours(current)):
@@ -99,14 +112,54 @@ def open_tap(name: str, node_id: str, router_mac: bytes) -> Any:
         try:
             os.set_blocking(tap.fileno(), False)
             os.set_inheritable(tap.fileno(), False)
-            # The host's own multicast and ARP are flooded to every port whatever its flags say; without
-            # this each would wake the pump only to be dropped.
-            fcntl.ioctl(tap.fileno(), TUNSETTXFILTER, struct.pack("=HH6s", 0, 1, router_mac))
             netlink.link("set", index=_index(netlink, name), ifalias=ALIAS_PREFIX + node_id)
         except BaseException:
             tap.close()
             raise
     return tap
+
+
+def add_address(name: str, address: Address) -> None:
+    """Give a link an address of its own, with no network behind it. It goes with the link."""
+    with _netlink() as netlink:
+        netlink.addr(
+            "add",
+            index=_index(netlink, name),
+            family=FAMILY[address.version],
+            address=str(address),
+            prefixlen=address.max_prefixlen,
+            scope=RT_SCOPE_LINK,
+        )
+
+
+def route_to(name: str, address: Address, mac: bytes) -> None:
+    """Lead one address to a link and a MAC there. Both entries go with the link."""
+    with _netlink() as netlink:
+        index, family = _index(netlink, name), FAMILY[address.version]
+        netlink.route("replace", family=family, dst=f"{address}/{address.max_prefixlen}", oif=index)
+        netlink.neigh(
+            "replace",
+            family=family,
+            dst=str(address),
+            lladdr=format_mac(mac),
+            ifindex=index,
+            state=NUD_PERMANENT,
+        )
+
+
+def segments_tunnels(endpoint: Address) -> bool:
+    """Whether the device that has the address cuts tunnel superframes itself (ethtool's
+    tx-udp_tnl-csum-segmentation)."""
+    with _netlink() as netlink:
+        name = _device_of(netlink, endpoint).get("IFLA_IFNAME")
+    ethtool = Ethtool()
+    try:
+        features = ethtool.get_features(name).features
+        return bool(features["tx-udp_tnl-csum-segmentation"].enable)
+    except (KeyError, NetlinkError, OSError):
+        return False
+    finally:
+        ethtool.close()
 
 
 def _tap_failure(name: str, error: Exception) -> str:
@@ -126,15 +179,19 @@ def _tap_failure(name: str, error: Exception) -> str:
 def underlay_mtu_bytes(endpoint: Address) -> int:
     """The MTU of the device that has the address."""
     with _netlink() as netlink:
-        for message in netlink.get_addr(family=FAMILY[endpoint.version]):
-            if ip_address(message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")) == endpoint:
-                (link,) = netlink.get_links(message["index"])
-                if link["flags"] & IFF_LOOPBACK:
-                    raise LinkError(
-                        f"{endpoint} is on {link.get('IFLA_IFNAME')}, whose MTU says nothing of the wire's: "
-                        "set tunnel.underlay_mtu_bytes"
-                    )
-                return int(link.get("IFLA_MTU"))
+        link = _device_of(netlink, endpoint)
+        if link["flags"] & IFF_LOOPBACK:
+            raise LinkError(
+                f"{endpoint} is on {link.get('IFLA_IFNAME')}, whose MTU says nothing of the wire's: "
+                "set tunnel.underlay_mtu_bytes"
+            )
+        return int(link.get("IFLA_MTU"))
+
+
+def _device_of(netlink: Any, endpoint: Address) -> Any:
+    for message in netlink.get_addr(family=FAMILY[endpoint.version]):
+        if ip_address(message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")) == endpoint:
+            return netlink.get_links(message["index"])[0]
     raise LinkError(f"no device of this host has the address {endpoint}: correct node.endpoints or add it")
 
 

@@ -15,6 +15,7 @@ ABOUT: Final = {
     "udp_gro": "one receive for a train of datagrams (UDP_GRO)",
     "merge_tcp": "TCP merged to superframes on the way to the TAP",
     "merge_udp": "UDP merged to superframes on the way to the TAP (Linux 6.2)",
+    "uplink": "TCP superframes cut by the kernel inside their tunnel (UDP tunnel GSO, Linux 6.17)",
 }
 
 SWITCHED_OFF: Final = "switched off"

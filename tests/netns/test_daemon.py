@@ -127,7 +127,15 @@ def test_status_says_what_there_is(node: Node) -> None:
         "ports": {"geneve": 6081, "vxlan": [4789]},
         "peers": 1,
     }
-    assert volatile["offloads"].keys() == {"tso", "uso", "udp_segment", "udp_gro", "merge_tcp", "merge_udp"}
+    assert volatile["offloads"].keys() == {
+        "tso",
+        "uso",
+        "udp_segment",
+        "udp_gro",
+        "merge_tcp",
+        "merge_udp",
+        "uplink",
+    }
     for offload in volatile["offloads"].values():
         assert offload["on"] == (offload["reason"] is None)
     assert 0 < volatile["uptime_seconds"] < 60

@@ -80,7 +80,7 @@ def test_minimal_file_gets_the_defaults() -> None:
     assert parsed.node.endpoints == (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
     assert (parsed.node.id, parsed.node.router_mac) == (None, None)
     assert parsed.tunnel == TunnelConfig("geneve", 6081, (4789,), "strict", 0)
-    assert parsed.links == LinksConfig("loom0", "loom-tap", 2000, True)
+    assert parsed.links == LinksConfig("loom0", "loom-tap", "loom-up", 2000, True)
     assert parsed.discovery == DiscoveryConfig("static", Path("/etc/podloom/peers.toml"))
     assert parsed.socket_path == Path("/run/podloom/control.sock")
 
@@ -210,6 +210,8 @@ FAULTS: list[tuple[str, str, Any, str, str]] = [
     ("links", "tap_queue_frames", 0, "", FRAMES),
     ("links", "keep_on_exit", 1, "", "must be true or false"),
     ("offload", "tso", 1, "", "must be true or false"),
+    ("offload", "uplink", True, "", 'must be "auto" or "on" or "off"'),
+    ("links", "uplink", "loom0", "", "must differ from links.bridge and links.tap"),
     ("discovery", "source", "gossip", "", 'must be "static"'),
     ("discovery", "file", "peers.toml", "", "must be an absolute path"),
     ("peer", "id", "-b", "", NODE_ID),
@@ -330,7 +332,7 @@ SOUND: dict[str, list[Any]] = {
     "node": [],
     "tunnel": [{}],
     "links": [{}],
-    "offload": [{}, {item.name: True for item in fields(OffloadConfig)}],
+    "offload": [{}],
     "discovery": [{}],
     "peer": [[]],
 }
