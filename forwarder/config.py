@@ -11,13 +11,15 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from forwarder.addresses import Address, Network, derive_mac, format_mac, parse_mac
 from forwarder.control.messages import DEFAULT_RUN_DIR, SOCKET_NAME
 from forwarder.faults import MISSING, ConfigError, Fault
+from forwarder.names.options import NAMES, NamesConfig, names_example, read_services
+from forwarder.names.records import Service
 from forwarder.peers import OVERHEAD_BYTES, Local, NamedPrefix, PeerRecord, check, is_inside, overlaps
 from forwarder.toml_values import (
     Kind,
@@ -32,7 +34,7 @@ from forwarder.toml_values import (
 )
 
 DEFAULT_PATH: Final = Path("/etc/podloom/podloom.toml")
-SECTIONS: Final = ("cluster", "node", "tunnel", "links", "offload", "discovery")
+SECTIONS: Final = ("cluster", "node", "tunnel", "links", "offload", "discovery", "names")
 UPLINK_CHOICES: Final = ("auto", "on", "off")
 ENCAPSULATIONS: Final = ("geneve", "vxlan")
 MAX_VNI: Final = (1 << 24) - 1
@@ -137,8 +139,10 @@ class Config:
     links: LinksConfig = field(default_factory=LinksConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
+    names: NamesConfig = field(default_factory=NamesConfig)
     peers: tuple[PeerRecord, ...] = ()
     """Those written in the main file; the discovery source's come on top."""
+    services: tuple[Service, ...] = ()
 
     @property
     def local(self) -> Local:
@@ -184,15 +188,17 @@ def parse(text: str) -> Config:
     discovery = read_section(
         DiscoveryConfig, _DISCOVERY, _pop_table(tables, "discovery", faults), "discovery", faults
     )
+    names = read_section(NamesConfig, NAMES, _pop_table(tables, "names", faults), "names", faults)
+    services = read_services(tables, (names or NamesConfig()).domain, faults)
     if "prefixes" not in node_table and (discovery is None or discovery.source == "static"):
         faults.append(Fault("node.prefixes", MISSING, _NODE["prefixes"].allowed))
     # A peer's absent keys stand for ours; where ours are faulty any value does to find the peer's faults.
     defaults = cluster or ClusterConfig(()), tunnel or TunnelConfig()
     peers = _read_peers(tables, *defaults, faults)
-    refuse_unknown(tables, (*SECTIONS, "peer"), "", faults)
-    if not (cluster and node and tunnel and links and offload and discovery) or faults:
+    refuse_unknown(tables, (*SECTIONS, "peer", "service"), "", faults)
+    if not (cluster and node and tunnel and links and offload and discovery and names) or faults:
         raise ConfigError(faults)
-    config = Config(cluster, node, tunnel, links, offload, discovery, peers)
+    config = Config(cluster, node, tunnel, links, offload, discovery, names, peers, services)
     # What values mean together can only be judged once each is sound by itself.
     faults = [*_check_together(config), *check(config.peers, config.local)]
     if faults:
@@ -264,6 +270,8 @@ def render(config: Config) -> str:
         lines += [f"[{name}]", *_render_fields(section), ""]
     for peer in config.peers:
         lines += ["[[peer]]", *_render_fields(peer), ""]
+    for service in config.services:
+        lines += ["[[service]]", *_render_fields(service), ""]
     return "\n".join(lines)
 
 
@@ -348,6 +356,7 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 # "flannel" joins a cluster of flannel's VXLAN nodes, by flannel's annotations instead of ours.
 #compat = "{discovery.compat}"
 
+{names_example()}
 # One table for each other node.
 #[[peer]]
 #id = "node-2"
@@ -655,5 +664,7 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(element) for element in value) + "]"
     if isinstance(value, bytes):
         return f'"{format_mac(value)}"'
+    if is_dataclass(value):
+        return "{ " + ", ".join(_render_fields(value)) + " }"
     # JSON's string escapes are TOML's.
     return json.dumps(str(value), ensure_ascii=False)
