@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -60,6 +60,7 @@ class NodeNetwork:
     gateways: tuple[IpAddress, ...]
     cluster_cidrs: tuple[IpNetwork, ...]
     gso_max_segs: int | None = None  # None: leave the kernel's default
+    dns: Mapping[str, Any] = field(default_factory=dict)  # for pods whose configuration gives none
     tunnel_ports: tuple[int, ...] = (6081, 4789, 8472)  # UDP; pods may not send to them on nodes
 
     def range_sets(self, conf: NetConf) -> tuple[RangeSet, ...]:
@@ -132,7 +133,7 @@ def add(
             for lease in given.leases
         ),
         routes=routes,
-        dns=conf.dns or given.dns or {},
+        dns=conf.dns or given.dns or network.dns,
     )
     return request.previous.followed_by(made) if request.previous else made
 
