@@ -70,6 +70,12 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     _add_socket(offload)
     offload.set_defaults(run=_offload, verb="offload")
 
+    about = "what the resolver answers to pods: all records, or those of one name or address"
+    names = commands.add_parser("names", help=about, description=_sentence(about))
+    names.add_argument("name", metavar="NAME", nargs="?", help="whole, or without the cluster's domain")
+    _add_socket(names)
+    names.set_defaults(run=_names, verb="names")
+
     about = "check the configuration and print the effective one"
     config = commands.add_parser("config", help=about, description=_sentence(about))
     config.add_argument("--example", action="store_true", help="print a commented example instead")
@@ -162,6 +168,10 @@ def _config(arguments: argparse.Namespace) -> int:
 
 def _offload(arguments: argparse.Namespace) -> int:
     return _print(arguments, {"name": arguments.name, "on": arguments.state == "on"})
+
+
+def _names(arguments: argparse.Namespace) -> int:
+    return _print(arguments, {} if arguments.name is None else {"name": arguments.name})
 
 
 def _show(arguments: argparse.Namespace) -> int:

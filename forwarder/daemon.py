@@ -24,7 +24,8 @@ from typing import Any, Final
 
 import uvloop
 
-from cni.service import CniService, NodeNetwork
+from cni.service import CniService, NodeNetwork, read_records
+from cni.store import StoreError
 from forwarder import links
 from forwarder.addresses import Address, Network, format_mac, gateway_of
 from forwarder.config import SECTIONS, Config, DiscoveryConfig, load
@@ -36,6 +37,10 @@ from forwarder.discovery.etcd import EtcdSource
 from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
 from forwarder.links import LinkError
+from forwarder.names.pods import pods_of
+from forwarder.names.records import Replace
+from forwarder.names.service import NamesError, NameService
+from forwarder.names.settings import Settings as NamesSettings
 from forwarder.node import IdentityError, gateway_mac, identify
 from forwarder.offloads import ABOUT
 from forwarder.peers import OVERHEAD_BYTES, PeerPath, PeerRecord, check, diff, tables_for
@@ -71,6 +76,7 @@ CHANGEABLE: Final = {
     "links.keep_on_exit",
     *(f"discovery.{item.name}" for item in fields(DiscoveryConfig)),
     "peers",
+    "services",
     *(f"offload.{name}" for name in ABOUT if name != "uplink"),
 }
 """What SIGHUP and `reload` take over while running. The rest names sockets and links that traffic uses."""
@@ -97,7 +103,7 @@ def run(path: Path) -> int:
         for fault in error.faults:
             log.error("%s: %s", path, fault)
         return 2
-    except (StartError, LinkError, DataPlaneError, IdentityError) as error:
+    except (StartError, LinkError, DataPlaneError, IdentityError, NamesError) as error:
         log.error("%s", error)
         return 1
     return 0
@@ -172,6 +178,8 @@ class Daemon:
         self._follower: asyncio.Task[None] | None = None
         self._reloading = asyncio.Lock()
         self._hang_ups: set[asyncio.Task[None]] = set()
+        self._names: NameService | None = None
+        self._pods_changed = asyncio.Event()
 
     async def run(self) -> None:
         """Start, forward until stopped, and end as the configuration says."""
@@ -200,10 +208,12 @@ class Daemon:
             saver = asyncio.create_task(self._save_changes())
             stack.callback(saver.cancel)
             self._dataplane.start()
-            self._cni = CniService(node_network(self._wiring), self._config.node.state_dir)
+            self._cni = CniService(node_network(self._config, self._wiring), self._config.node.state_dir)
             stack.callback(self._cni.close)
             self._workers = ThreadPoolExecutor(CNI_WORKERS, thread_name_prefix="cni")
             stack.callback(self._workers.shutdown)
+            if self._config.names.enabled:
+                await self._start_names(stack)
             server = ControlServer(self._config.socket_path, self._answer)
             await server.open()
             stack.push_async_callback(server.close)
@@ -396,6 +406,42 @@ class Daemon:
         except OSError as error:
             log.warning("the peers are not kept in %s: %s", config.node.state_dir, error.strerror)
 
+    # Names
+
+    async def _start_names(self, stack: AsyncExitStack) -> None:
+        self._names = NameService(names_settings(self._config, self._wiring))
+        self._names.apply("static", Replace(self._config.services))
+        await self._name_pods(self._names)
+        stack.push_async_callback(self._names.close)
+        await self._names.start()
+        follower = asyncio.create_task(self._follow_pods(self._names))
+        stack.callback(follower.cancel)
+
+    async def _follow_pods(self, names: NameService) -> None:
+        while True:
+            await self._pods_changed.wait()
+            self._pods_changed.clear()
+            await self._name_pods(names)
+
+    async def _name_pods(self, names: NameService) -> None:
+        try:
+            records = await asyncio.to_thread(read_records, self._config.node.state_dir)
+        except StoreError as error:
+            log.error("the names of pods are not up to date: %s", error)
+        else:
+            names.apply("pods", Replace(pods_of(records)))
+
+    async def _ask_names(self, args: dict[str, Any]) -> dict[str, Any]:
+        name = args.get("name")
+        if not isinstance(name, str | None):
+            raise VerbError("names takes name, a name or an address, or nothing")
+        if self._names is None:
+            raise VerbError("this node answers no names: set names.enabled = true and start podloom again")
+        try:
+            return await self._names.ask(name)
+        except NamesError as error:
+            raise VerbError(str(error)) from None
+
     # Reload
 
     def _hang_up(self) -> None:
@@ -432,6 +478,8 @@ class Daemon:
                 if f"offload.{name}" in changed:
                     self._dataplane.set_offload(name, on)
             self._config = config
+            if self._names is not None and "services" in changed:
+                self._names.apply("static", Replace(config.services))
             await self._unfollow()
             self._discovery.unannounced = None
             await self._follow(source)
@@ -455,9 +503,12 @@ class Daemon:
                     return {"changed": await self._reload()}
                 except (ConfigError, IdentityError) as error:
                     raise VerbError(str(error)) from None
+            case "names":
+                return await self._ask_names(request.args)
             case "cni":
                 return await self._call_cni(request.args)
-        raise VerbError(f"verb = {request.verb!r}: must be status, peers, drops, offload, reload or cni")
+        verbs = "status, peers, drops, offload, names, reload or cni"
+        raise VerbError(f"verb = {request.verb!r}: must be {verbs}")
 
     def _switch_offload(self, args: dict[str, Any]) -> dict[str, Any]:
         name, on = args.get("name"), args.get("on")
@@ -477,6 +528,8 @@ class Daemon:
             raise VerbError("cni takes env, an object of strings, and stdin, a string")
         loop = asyncio.get_running_loop()
         status, stdout = await loop.run_in_executor(self._workers, self._cni.handle, environment, stdin)
+        if environment.get("CNI_COMMAND") in ("ADD", "DEL", "GC"):
+            self._pods_changed.set()
         return {"exit": status, "stdout": stdout}
 
     def _status(self) -> dict[str, Any]:
@@ -605,8 +658,9 @@ def data_plane_settings(config: Config, wiring: Wiring) -> Settings:
     )
 
 
-def node_network(wiring: Wiring) -> NodeNetwork:
+def node_network(config: Config, wiring: Wiring) -> NodeNetwork:
     return NodeNetwork(
+        dns=dns_result(config, wiring),
         bridge=wiring.bridge,
         mtu=wiring.mtu_bytes,
         prefixes=wiring.usable_prefixes,
@@ -617,6 +671,33 @@ def node_network(wiring: Wiring) -> NodeNetwork:
     )
 
 
+def names_settings(config: Config, wiring: Wiring) -> NamesSettings:
+    clients = (*wiring.usable_prefixes, *config.node.endpoints, "127.0.0.0/8", "::1")
+    return NamesSettings(
+        domain=config.names.domain,
+        addresses=dns_addresses(wiring),
+        networks=tuple(map(str, config.cluster.cidrs)),
+        clients=tuple(map(str, clients)),
+        upstream=config.names.upstream,
+        queries_per_second=config.names.queries_per_second,
+        cache_bytes=config.names.cache_bytes,
+    )
+
+
+def dns_addresses(wiring: Wiring) -> tuple[str, ...]:
+    return tuple(str(gateway_of(prefix)) for prefix in wiring.usable_prefixes)
+
+
+def dns_result(config: Config, wiring: Wiring) -> dict[str, Any]:
+    """What pods are told of the resolver, in the words of a CNI result; nothing where there is none."""
+    if not config.names.enabled:
+        return {}
+    return {
+        "nameservers": list(dns_addresses(wiring)),
+        "search": [f"svc.{config.names.domain}", config.names.domain],
+    }
+
+
 def changed_keys(old: Config, new: Config) -> dict[str, Any]:
     """The keys whose values differ, with the new value."""
     changed: dict[str, Any] = {}
@@ -625,8 +706,9 @@ def changed_keys(old: Config, new: Config) -> dict[str, Any]:
         for item in fields(after):
             if getattr(before, item.name) != getattr(after, item.name):
                 changed[f"{section}.{item.name}"] = getattr(after, item.name)
-    if old.peers != new.peers:
-        changed["peers"] = new.peers
+    for name in ("peers", "services"):
+        if getattr(old, name) != getattr(new, name):
+            changed[name] = getattr(new, name)
     return changed
 
 

@@ -91,6 +91,18 @@ def _offload(offload: dict[str, Any]) -> list[Any]:
     return ["on" if offload["on"] else f"off: {offload['reason']}"]
 
 
+def _names(names: dict[str, Any]) -> list[Any]:
+    if not names["ours"]:
+        upstream = ", ".join(names["upstream"]) or "nobody: there is no upstream server"
+        return [f"{names['name']} is not below {names['domain']}: asked of {upstream}"]
+    if not names["records"]:
+        return [f"{names['name']} has no record"]
+    table = Table("name", "type", "TTL", "value", box=None)
+    for record in names["records"]:
+        table.add_row(record["name"], record["type"], str(record["ttl"]), record["value"])
+    return [table]
+
+
 def _count(number: int) -> str:
     return f"{number:,}"
 
@@ -114,4 +126,5 @@ _VIEWS: Final[dict[str, Callable[[Any], list[Any]]]] = {
     "peers": _peers,
     "drops": _drops,
     "offload": _offload,
+    "names": _names,
 }

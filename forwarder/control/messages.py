@@ -27,7 +27,7 @@ class MessageError(ValueError):
 
 
 class Request(NamedTuple):
-    """`verb` is one of status, peers, drops, reload, cni; `args` are the verb's own."""
+    """`verb` is one of status, peers, drops, offload, names, reload, cni; `args` are the verb's own."""
 
     verb: str
     args: dict[str, Any]

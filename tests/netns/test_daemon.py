@@ -386,7 +386,7 @@ def pid(node: Node) -> int:
 
 def test_unknown_verbs_and_args_are_answered(node: Node) -> None:
     node.start()
-    refused = "verb = 'dance': must be status, peers, drops, offload, reload or cni"
+    refused = "verb = 'dance': must be status, peers, drops, offload, names, reload or cni"
     assert verb(node, "dance")["error"] == refused
     assert verb(node, "cni", env={"A": 1}, stdin="")["error"].startswith("cni takes env")
     assert verb(node, "cni", env={})["error"].startswith("cni takes env")
