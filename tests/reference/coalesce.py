@@ -88,7 +88,7 @@ def merge(frames: Iterable[bytes], *, tcp: bool = True, udp: bool = True) -> lis
     written: list[tuple[bytes, bytes]] = []
     chains: list[Chain] = []
     for frame in frames:
-        packet = _read(frame)
+        packet = read(frame)
         chain = _newest_chain(chains, packet)
         if chain is not None and mergeable[packet.fields.protocol] and _joins(chain, packet):
             chain.append(packet)
@@ -100,7 +100,8 @@ def merge(frames: Iterable[bytes], *, tcp: bool = True, udp: bool = True) -> lis
     return written + [_write(chain) for chain in chains]
 
 
-def _read(frame: bytes) -> Packet:
+def read(frame: bytes) -> Packet:
+    """A frame that classify() takes."""
     fields = classify.classify(frame)
     assert isinstance(fields, classify.Fields), fields
     packet = frame[14 : 14 + fields.packet_length]  # what is behind it is Ethernet padding
