@@ -14,6 +14,7 @@ from fastpath.drops cimport (
     DROP_NO_ROUTE,
     DROP_OUTER_OVERSIZE,
     DROP_TOO_BIG,
+    DROP_TUNNEL_OPTIONS,
     DROP_UNKNOWN_PEER,
     DROP_VNI_UNKNOWN,
     count_drop,
@@ -29,6 +30,7 @@ from fastpath.linux cimport (
     ENOSYS,
     epoll_event,
 )
+from fastpath.offload.coalesce cimport has_transport_checksum
 from fastpath.offload.plan cimport RUN_MAX_SEGMENTS
 from fastpath.offload.segment cimport Superframe, segment_open
 from fastpath.offload.virtio cimport (
@@ -36,6 +38,7 @@ from fastpath.offload.virtio cimport (
     VIRTIO_HEADER,
     VnetHeader,
     virtio_complete_checksum,
+    virtio_covers_transport,
     virtio_decode,
 )
 from fastpath.table cimport GENEVE, LOCAL, NO_SLOT, VXLAN, Peer, peer_at
@@ -267,6 +270,7 @@ cdef class Pump:
         cdef Peer *peer
         cdef int source, slot, drop
         cdef uint32_t largest
+        cdef bint partial
         if length < <size_t> self.vnet_size + ETHERNET_HEADER:
             return DROP_FRAME_SHORT
         if memcmp(frame, self.router_mac, 6) != 0:
@@ -297,13 +301,15 @@ cdef class Pump:
         if largest > peer.mtu:
             return DROP_TOO_BIG
         memcpy(frame + 6, self.router_mac, 6)
+        partial = peer.partial_checksums and virtio_covers_transport(&offload, &info)
         if offload.gso_type != VIRTIO_GSO_NONE:
-            return self.sender.post_superframe(slot, flow_hash(&info), info.tos & ECN_MASK, &cut)
+            return self.sender.post_superframe(slot, flow_hash(&info), info.tos & ECN_MASK, &cut, partial)
         length = ETHERNET_HEADER + info.packet_length
-        drop = virtio_complete_checksum(&offload, frame, length)
-        if drop:
-            return drop
-        return self.sender.post_frame(slot, flow_hash(&info), info.tos & ECN_MASK, frame, length)
+        if not partial:
+            drop = virtio_complete_checksum(&offload, frame, length)
+            if drop:
+                return drop
+        return self.sender.post_frame(slot, flow_hash(&info), info.tos & ECN_MASK, frame, length, partial)
 
     # decap ----------------------------------------------------------------------------------------
 
@@ -355,11 +361,13 @@ cdef class Pump:
     ) noexcept nogil:
         """Hand the datagram's packet to the writer; 0 or the Drop."""
         cdef uint32_t vni = 0
+        cdef bint partial = False
         cdef uint8_t *frame
         cdef Frame info
         cdef int header, drop, source, destination, ecn
         if receiver.encapsulation == GENEVE:
-            header = geneve_decode(datagram, length, &vni)
+            partial = self.peers.slots[slot].partial_checksums
+            header = geneve_decode(datagram, length, &vni, &partial)
         else:
             header = vxlan_decode(datagram, length, self.vxlan_strict, &vni)
         if header < 0:
@@ -395,7 +403,9 @@ cdef class Pump:
                 ipv6_set_ecn(info.packet, ecn)
         if info.packet_length > self.mtu:
             return self.writer.put_superframe(&info, slot, self.mtu)
-        self.writer.put(&info, slot)
+        if partial and not has_transport_checksum(&info):
+            return DROP_TUNNEL_OPTIONS  # the option speaks of a checksum that is not there
+        self.writer.put(&info, slot, partial)
         return 0
 
 

@@ -22,9 +22,10 @@ from fastpath.table cimport Peer, PeerTable
 
 
 cdef enum:
-    TUNNEL_HEADER = 8                   # Geneve as we send it has no options; VXLAN never has
+    TUNNEL_HEADER = 8                   # Geneve without options, or VXLAN
+    PARTIAL_HEADER = 12                 # Geneve with the partial-checksum option
     PIECES = 1024                       # UIO_MAXIOV, though no run comes near it
-    BLOCK_BYTES = TUNNEL_HEADER + SEGMENT_HEADERS
+    BLOCK_BYTES = PARTIAL_HEADER + SEGMENT_HEADERS
     BLOCKS = PIECES // 2
     SOCKETS = 16                        # of each family
 
@@ -59,9 +60,11 @@ cdef class Sender:
 
     cdef uint32_t key(self, int slot, uint32_t flow, int ecn) noexcept nogil
     cdef int post_frame(
-        self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length
+        self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length, bint partial
     ) noexcept nogil
-    cdef int post_superframe(self, int slot, uint32_t flow, int ecn, const Superframe *cut) noexcept nogil
+    cdef int post_superframe(
+        self, int slot, uint32_t flow, int ecn, const Superframe *cut, bint partial
+    ) noexcept nogil
     cdef ssize_t _write_uplink(self, uint32_t key, int ecn, const Superframe *cut) noexcept nogil
     cdef void flush(self) noexcept nogil
     cdef iovec *_join(self, uint32_t key, uint32_t length, int pieces) noexcept nogil

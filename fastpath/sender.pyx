@@ -26,12 +26,13 @@ from fastpath.wire.byteorder cimport load16
 from fastpath.wire.ethernet cimport ETHERNET_HEADER
 from fastpath.wire.ip cimport ECN_MASK
 
-# What the datagrams of a run have in common, in one word: slot (16 bits), socket (8), pieces of a
-# datagram less one (1), ECN (2).
+# What the datagrams of a run have in common, in one word: slot (16 bits), socket (8), whether their
+# checksum is partial (1), pieces of a datagram less one (1), ECN (2).
 cdef enum:
     KEY_TWO_PIECES = 4
-    KEY_SOCKET = 3
-    KEY_SLOT = 11
+    KEY_PARTIAL = 8
+    KEY_SOCKET = 4
+    KEY_SLOT = 12
 
 
 cdef class Sender:
@@ -79,27 +80,30 @@ cdef class Sender:
         return <uint32_t> slot << KEY_SLOT | (flow % count if count else 0) << KEY_SOCKET | <uint32_t> ecn
 
     cdef int post_frame(
-        self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length
+        self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length, bint partial
     ) noexcept nogil:
-        """Post a frame whose inner Ethernet source is written; 0 or the Drop. TUNNEL_HEADER bytes
-        before it and its destination address are overwritten."""
+        """Post a frame whose inner Ethernet source is written; 0 or the Drop. The bytes of a tunnel
+        header before it and its destination address are overwritten. `partial`: its checksum is."""
         cdef Peer *peer = &self.peers.slots[slot]
+        cdef uint32_t key = self.key(slot, flow, ecn) | (KEY_PARTIAL if partial else 0)
+        cdef int before = tunnel_bytes(key)
         cdef iovec *pieces
         if (self.v4.count if peer.family == AF_INET else self.v6.count) == 0:
             return DROP_UDP_ERROR  # we have no address in the peer's family
-        pieces = self._join(self.key(slot, flow, ecn), <uint32_t> (TUNNEL_HEADER + length), 1)
-        memcpy(frame - TUNNEL_HEADER, peer.header, sizeof(peer.header))
-        pieces[0].iov_base = frame - TUNNEL_HEADER
-        pieces[0].iov_len = TUNNEL_HEADER + length
+        pieces = self._join(key, <uint32_t> (before + length), 1)
+        write_tunnel(peer, partial, frame - before)
+        pieces[0].iov_base = frame - before
+        pieces[0].iov_len = before + length
         return 0
 
     cdef int post_superframe(
-        self, int slot, uint32_t flow, int ecn, const Superframe *cut
+        self, int slot, uint32_t flow, int ecn, const Superframe *cut, bint partial
     ) noexcept nogil:
-        """Post each segment as a datagram; 0 or the Drop, of all or none."""
+        """Post each segment as a datagram; 0 or the Drop, of all or none. `partial`: their checksums
+        may stay so."""
         cdef Peer *peer = &self.peers.slots[slot]
         cdef uint32_t key = self.key(slot, flow, ecn) | KEY_TWO_PIECES
-        cdef uint32_t header_bytes = TUNNEL_HEADER + cut.headers
+        cdef uint32_t header_bytes
         cdef uint32_t i, payload
         cdef uint8_t *block
         cdef iovec *pieces
@@ -110,18 +114,22 @@ cdef class Sender:
             self.flush()
             written = self._write_uplink(key, ecn, cut)
             if written >= 0:
+                header_bytes = TUNNEL_HEADER + cut.headers
                 self._count(key, cut.count, <uint64_t> cut.count * header_bytes + cut.payload)
                 return 0
             if written != -EINVAL:
                 return send_drop(<int> written)
             self.uplink = False  # this kernel takes no such frame: cut it ourselves
+        if partial:
+            key |= KEY_PARTIAL
+        header_bytes = tunnel_bytes(key) + cut.headers
         for i in range(cut.count):
             payload = segment_payload(cut, i)
             pieces = self._join(key, header_bytes + payload, 2)
             block = self.outbox.blocks[self.outbox.block_count]
             self.outbox.block_count += 1
-            segment_header(cut, i, block + TUNNEL_HEADER)
-            memcpy(block, peer.header, sizeof(peer.header))
+            segment_header(cut, i, block + tunnel_bytes(key), partial)
+            write_tunnel(peer, partial, block)
             pieces[0].iov_base = block
             pieces[0].iov_len = header_bytes
             pieces[1].iov_base = cut.frame + cut.headers + i * cut.size
@@ -240,7 +248,7 @@ cdef class Sender:
 
     cdef void _count(self, uint32_t key, uint32_t datagrams, uint64_t datagram_bytes) noexcept nogil:
         cdef Peer *peer = &self.peers.slots[key >> KEY_SLOT]
-        cdef uint64_t inner_bytes = datagram_bytes - datagrams * (TUNNEL_HEADER + ETHERNET_HEADER)
+        cdef uint64_t inner_bytes = datagram_bytes - datagrams * (tunnel_bytes(key) + ETHERNET_HEADER)
         peer.encap_packets += datagrams
         peer.encap_bytes += inner_bytes
         self.counters.forwarded += datagrams
@@ -270,6 +278,18 @@ cdef inline void endpoint_to_path(const Peer *peer, OuterPath *path) noexcept no
     else:
         memcpy(path.destination, &v6.sin6_addr, 16)
         path.destination_port = load16(&v6.sin6_port)
+
+
+cdef inline int tunnel_bytes(uint32_t key) noexcept nogil:
+    return PARTIAL_HEADER if key & KEY_PARTIAL else TUNNEL_HEADER
+
+
+cdef inline void write_tunnel(const Peer *peer, bint partial, uint8_t *datagram) noexcept nogil:
+    """Begin a datagram: the tunnel header and the inner destination MAC."""
+    if partial:
+        memcpy(datagram, peer.partial_header, sizeof(peer.partial_header))
+    else:
+        memcpy(datagram, peer.header, sizeof(peer.header))
 
 
 cdef inline int datagram_pieces(uint32_t key) noexcept nogil:

@@ -50,8 +50,10 @@ cdef struct Family:
 
 
 cdef struct Peer:
-    uint8_t header[14]        # how its datagrams begin: tunnel header (8), inner destination MAC (6)
+    uint8_t header[14]          # how its datagrams begin: tunnel header (8), inner destination MAC (6)
+    uint8_t partial_header[18]  # the same for a packet whose checksum is partial, with the option (4)
     uint8_t encapsulation
+    bint partial_checksums      # whether such packets may be sent to it, and it may send them
     bint used
     uint32_t mtu              # largest inner IP packet, bytes
     int family

@@ -11,7 +11,7 @@ from fastpath.linux cimport (
 )
 from fastpath.wire.byteorder cimport load32, load64, store16
 from fastpath.wire.classify cimport mix64
-from fastpath.wire.geneve cimport geneve_encode
+from fastpath.wire.geneve cimport GENEVE_PARTIAL_HEADER, geneve_encode, geneve_encode_partial
 from fastpath.wire.vxlan cimport vxlan_encode
 
 LOCAL_SLOT = LOCAL
@@ -237,6 +237,7 @@ cdef class PeerTable:
         bytes endpoint not None,
         port,
         mtu,
+        bint partial_checksums=False,
     ):
         """Fill or replace a slot. Counters of a slot that was in use are kept."""
         cdef Peer *peer
@@ -254,6 +255,8 @@ cdef class PeerTable:
             raise ValueError(f"port: {port} is not in 1..65535")
         if not 0 < mtu < 65536:
             raise ValueError(f"mtu: {mtu} is not in 1..65535")
+        if partial_checksums and encapsulation != "geneve":
+            raise ValueError("partial_checksums: only Geneve has an option that says so")
         reserve(self, slot)
         peer = &self.slots[slot]
         peer.used = True
@@ -265,6 +268,9 @@ cdef class PeerTable:
             peer.encapsulation = VXLAN
             vxlan_encode(peer.header, vni)
         memcpy(peer.header + 8, <const uint8_t *> router_mac, 6)
+        peer.partial_checksums = partial_checksums
+        geneve_encode_partial(peer.partial_header, vni)
+        memcpy(peer.partial_header + GENEVE_PARTIAL_HEADER, <const uint8_t *> router_mac, 6)
         peer_endpoint(peer, endpoint, len(endpoint), port)
 
     def clear(self, int slot):

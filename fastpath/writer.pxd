@@ -20,7 +20,7 @@ cdef class Writer:
     cdef uint8_t header[40]      # virtio header, gateway MAC, router MAC, EtherType
     cdef Coalescer *chains
 
-    cdef void put(self, const Frame *info, uint16_t slot) noexcept nogil
+    cdef void put(self, const Frame *info, uint16_t slot, bint said_partial) noexcept nogil
     cdef int put_superframe(self, const Frame *info, uint16_t slot, uint32_t mtu) noexcept nogil
     cdef void flush(self) noexcept nogil
     cdef void _write_chain(self, Chain *chain) noexcept nogil

@@ -53,11 +53,11 @@ cdef class Writer:
     def __dealloc__(self):
         free(self.chains)
 
-    cdef void put(self, const Frame *info, uint16_t slot) noexcept nogil:
+    cdef void put(self, const Frame *info, uint16_t slot, bint said_partial) noexcept nogil:
         """Take a packet. borrowed: until flush()."""
-        if not coalesce_add(self.chains, info, slot):
+        if not coalesce_add(self.chains, info, slot, said_partial):
             self.flush()
-            coalesce_add(self.chains, info, slot)
+            coalesce_add(self.chains, info, slot, said_partial)
 
     cdef int put_superframe(self, const Frame *info, uint16_t slot, uint32_t mtu) noexcept nogil:
         """Take a packet longer than `mtu`, to be cut to it again; 0 or the Drop."""

@@ -119,21 +119,31 @@ cdef inline bint transport_checksum_holds(const Frame *info) noexcept nogil:
     return sum_fold(sum_add(info.packet + info.header_length, length, pseudo_sum(info))) == 0xFFFF
 
 
-cdef inline bint checksum_is_partial(const Frame *info) noexcept nogil:
+cdef inline bint has_transport_checksum(const Frame *info) noexcept nogil:
+    """A whole TCP or UDP header behind the IP header, and a checksum in it."""
     cdef uint32_t length = info.packet_length - info.header_length
     cdef const uint8_t *transport = info.packet + info.header_length
-    cdef uint16_t field
     if info.is_fragment:
         return False
-    if info.protocol == PROTOCOL_TCP and length >= TCP_HEADER:
-        memcpy(&field, transport + TCP_CHECKSUM, 2)
-    elif info.protocol == PROTOCOL_UDP and length >= UDP_HEADER and load16(transport + UDP_LENGTH) == length:
-        memcpy(&field, transport + UDP_CHECKSUM, 2)
-        if field == 0:
-            return False  # RFC 768: none was made
-    else:
+    if info.protocol == PROTOCOL_TCP:
+        return length >= TCP_HEADER
+    return (
+        info.protocol == PROTOCOL_UDP
+        and length >= UDP_HEADER
+        and load16(transport + UDP_LENGTH) == length
+        and load16(transport + UDP_CHECKSUM) != 0  # RFC 768: none was made
+    )
+
+
+cdef inline bint checksum_is_partial(const Frame *info) noexcept nogil:
+    cdef int at = TCP_CHECKSUM if info.protocol == PROTOCOL_TCP else UDP_CHECKSUM
+    cdef uint16_t sum
+    if not has_transport_checksum(info):
         return False
-    return field == pseudo_sum(info) and not transport_checksum_holds(info)
+    sum = pseudo_sum(info)
+    if memcmp(info.packet + info.header_length + at, &sum, 2) != 0:
+        return False
+    return not transport_checksum_holds(info)
 
 
 cdef inline uint32_t mergeable_headers(const Coalescer *all, const Frame *info) noexcept nogil:
@@ -261,11 +271,14 @@ cdef inline Chain *chain_begin(
     return chain
 
 
-cdef inline bint coalesce_add(Coalescer *all, const Frame *info, uint16_t slot) noexcept nogil:
-    """Take the packet into a chain; False if there is no room: finish all chains, then add again."""
+cdef inline bint coalesce_add(
+    Coalescer *all, const Frame *info, uint16_t slot, bint said_partial
+) noexcept nogil:
+    """Take the packet into a chain; False if there is no room: finish all chains, then add again.
+    `said_partial`: its sender says that its checksum is partial, under an outer one that was right."""
     cdef uint32_t headers = mergeable_headers(all, info)
     cdef uint32_t payload = info.packet_length - headers
-    cdef bint partial = checksum_is_partial(info)
+    cdef bint partial = said_partial or checksum_is_partial(info)
     cdef uint32_t flow = flow_hash(info)
     cdef int newest = all.newest[flow % BUCKETS]
     cdef Chain *chain

@@ -29,9 +29,9 @@ def merge(list frames not None, *, bint tcp=True, bint udp=True):
             drop = classify_frame(copy, len(copy), &info)
             if drop:
                 raise ValueError(f"frame: {DropReason(drop).name}")
-            if not coalesce_add(all, &info, 1):
+            if not coalesce_add(all, &info, 1, False):
                 out += finish(all)
-                coalesce_add(all, &info, 1)
+                coalesce_add(all, &info, 1, False)
         out += finish(all)
     finally:
         free(all)

@@ -111,8 +111,11 @@ cdef inline uint32_t segment_payload(const Superframe *cut, uint32_t i) noexcept
     return cut.size if i + 1 < cut.count else cut.payload - i * cut.size
 
 
-cdef inline void segment_header(const Superframe *cut, uint32_t i, uint8_t *block) noexcept nogil:
-    """Write segment i's Ethernet, IP and transport headers, `cut.headers` bytes."""
+cdef inline void segment_header(
+    const Superframe *cut, uint32_t i, uint8_t *block, bint partial
+) noexcept nogil:
+    """Write segment i's Ethernet, IP and transport headers, `cut.headers` bytes. `partial` leaves the
+    pseudo-header's sum in the checksum field."""
     cdef uint32_t at = i * cut.size
     cdef uint32_t payload = segment_payload(cut, i)
     cdef uint32_t transport_length = cut.headers - cut.transport + payload
@@ -120,6 +123,7 @@ cdef inline void segment_header(const Superframe *cut, uint32_t i, uint8_t *bloc
     cdef uint8_t *transport = block + cut.transport
     cdef uint8_t *check = transport + (TCP_CHECKSUM if cut.tcp else UDP_CHECKSUM)
     cdef uint64_t total
+    cdef uint16_t sum
     memcpy(block, cut.frame, cut.headers)
     if cut.family == 4:
         store16(packet + IPV4_ID, <uint16_t> (load16(packet + IPV4_ID) + i))
@@ -136,6 +140,10 @@ cdef inline void segment_header(const Superframe *cut, uint32_t i, uint8_t *bloc
         store16(transport + UDP_LENGTH, <uint16_t> transport_length)
     store16(check, 0)
     total = cut.pseudo_sum + raw16(<uint16_t> transport_length)
+    if partial:
+        sum = sum_fold(total)
+        memcpy(check, &sum, 2)
+        return
     total = sum_add(transport, cut.headers - cut.transport, total)
     total = sum_add(cut.frame + cut.headers + at, payload, total)
     if not cut.tcp and sum_fold(total) == 0xFFFF:

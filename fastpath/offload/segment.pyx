@@ -25,7 +25,7 @@ def cut(bytes header not None, bytes frame not None):
         return DropReason(drop)
     frames = []
     for i in range(whole.count):
-        segment_header(&whole, i, block)
+        segment_header(&whole, i, block, False)
         at = whole.headers + i * whole.size
         frames.append(block[:whole.headers] + frame[at : at + segment_payload(&whole, i)])
     return frames

@@ -13,4 +13,5 @@ def wrap(
     ecn: int = 0,
 ) -> bytes | DropReason:
     """What is written to an uplink for the TCP superframe behind this virtio_net_hdr: the 24-byte header
-    of UDP tunnel GSO, Ethernet, IP, UDP, the 8 bytes of `tunnel` and the frame; or the drop reason. Addresses are packed."""
+    of UDP tunnel GSO, Ethernet, IP, UDP, the 8 bytes of `tunnel` and the frame; or the drop reason.
+    Addresses are packed."""

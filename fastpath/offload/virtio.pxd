@@ -6,7 +6,9 @@ from libc.string cimport memcpy
 
 from fastpath.drops cimport DROP_VIRTIO_HEADER
 from fastpath.wire.checksum cimport sum_add, sum_fold, sum_store
+from fastpath.wire.classify cimport Frame
 from fastpath.wire.ethernet cimport ETHERNET_HEADER
+from fastpath.wire.ip cimport PROTOCOL_TCP, PROTOCOL_UDP, TCP_CHECKSUM, UDP_CHECKSUM
 
 
 cdef enum:
@@ -20,7 +22,6 @@ cdef enum:
     VIRTIO_GSO_UDP_TUNNEL_IPV4 = 0x20  # with one of the above, and VIRTIO_UDP_TUNNEL_CSUM in the flags
     VIRTIO_GSO_UDP_TUNNEL_IPV6 = 0x40
     VIRTIO_GSO_ECN = 0x80  # a flag beside the TCP types: CWR is set in the first segment only
-    UDP_CHECKSUM_OFFSET = 6
 
 
 cdef struct VnetHeader:
@@ -65,7 +66,18 @@ cdef inline int virtio_complete_checksum(
     if start < ETHERNET_HEADER or field + 2 > length:
         return DROP_VIRTIO_HEADER
     total = sum_add(frame + start, length - start, 0)
-    if header.checksum_offset == UDP_CHECKSUM_OFFSET and sum_fold(total) == 0xFFFF:
+    if header.checksum_offset == UDP_CHECKSUM and sum_fold(total) == 0xFFFF:
         total = 0  # RFC 768: a UDP checksum that comes out as zero is sent as all ones
     sum_store(frame + field, total)
     return 0
+
+
+cdef inline bint virtio_covers_transport(const VnetHeader *header, const Frame *info) noexcept nogil:
+    """Whether the partial checksum is the TCP or UDP checksum of this very packet."""
+    if not header.flags & VIRTIO_NEEDS_CSUM or info.is_fragment:
+        return False
+    if header.checksum_start != ETHERNET_HEADER + info.header_length:
+        return False
+    if info.protocol == PROTOCOL_TCP:
+        return header.checksum_offset == TCP_CHECKSUM
+    return info.protocol == PROTOCOL_UDP and header.checksum_offset == UDP_CHECKSUM
