@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-WIDTH, LABEL_WIDTH, VALUE_WIDTH = 920, 300, 130
+WIDTH, LABEL_WIDTH, VALUE_WIDTH = 920, 330, 100
 BAR, GAP, TITLE = 18, 6, 34
 COLOURS = ("#4477aa", "#cc6677")
 
@@ -53,6 +53,11 @@ def svg(title: str, panels: list[Panel], note: str = "") -> str:
     )
 
 
+def short(value: float) -> str:
+    """Three digits that mean something, without an exponent."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
 def _bar(bar: Bar, y: int, scale: float) -> list[str]:
     x, middle = LABEL_WIDTH, y + BAR / 2
     low, high = x + bar.low * scale, x + bar.high * scale
@@ -62,7 +67,7 @@ def _bar(bar: Bar, y: int, scale: float) -> list[str]:
         f'fill="{COLOURS[bar.marked]}" fill-opacity="0.8"/>',
         f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 4}v8M{high:.1f} {middle - 4}v8" '
         'stroke="black" fill="none"/>',
-        _text(high + 8, y + 13, f"{bar.value:.4g}"),
+        _text(high + 8, y + 13, short(bar.value)),
     ]
 
 

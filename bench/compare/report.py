@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.chart import Bar, Panel, svg
+from bench.chart import Bar, Panel, short, svg
 
 YARDSTICK = "kernel-vxlan"
 CAVEAT = (
@@ -193,11 +193,6 @@ def _cell(rows: dict[tuple[str, str], Row], system: str, metric: str) -> tuple[s
     if (retransmits := rows.get((system, f"{metric}_retransmits"))) is not None:
         lines.append(f"{retransmits.median:.0f} retr.")
     return tuple(lines)
-
-
-def short(value: float) -> str:
-    """Three digits that mean something, without an exponent."""
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def legend(host: dict[str, Any]) -> str:

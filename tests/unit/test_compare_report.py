@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.chart import short
 from bench.compare import options
 from bench.compare.report import (
     METRICS,
@@ -23,7 +24,6 @@ from bench.compare.report import (
     make_rows,
     markdown,
     plot,
-    short,
 )
 
 HOST = {"cpu": "a CPU", "cpus": 2, "kernel": "6.18", "commit": "abc", "rounds": 3, "seconds": 1}
