@@ -13,14 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-import dns.exception
 import dns.message
 import dns.name
 import dns.rcode
 
 from forwarder.addresses import Address
 from forwarder.names.servers import Server, parse_resolv_conf
-from forwarder.names.wire import MAX_MESSAGE_BYTES, Match, Question, keep_relevant, match, upstream_query
+from forwarder.names.wire import (
+    MAX_MESSAGE_BYTES,
+    Match,
+    Question,
+    keep_relevant,
+    match,
+    parse_reply,
+    upstream_query,
+)
 
 TRY_SECONDS: Final = 1.2
 DEADLINE_SECONDS: Final = 4.5
@@ -92,7 +99,7 @@ class Upstream:
                 try:
                     async with asyncio.timeout_at(until):
                         message = await _ask_server(server, question)
-                except (OSError, EOFError, dns.exception.DNSException, ValueError):
+                except (OSError, EOFError, ValueError):
                     continue  # TimeoutError is an OSError.
                 if message.rcode() in _GOOD:
                     self._preferred = server
@@ -119,7 +126,7 @@ async def _exchange(server: Server, question: Question, *, edns: bool) -> dns.me
         reply = await _over_udp(server, query, question_bytes)
     except _AskOverTcpError:
         reply = await _over_tcp(server, query, question_bytes)
-    return dns.message.from_wire(reply)
+    return parse_reply(reply)
 
 
 async def _over_udp(server: Server, query: bytes, question_bytes: int) -> bytes:

@@ -224,6 +224,14 @@ def match(query: bytes, question_bytes: int, reply: bytes) -> Match:
     return Match.CASE if ours.lower() == theirs.lower() else Match.NONE
 
 
+def parse_reply(data: bytes) -> dns.message.Message:
+    """ValueError if it is no DNS message."""
+    try:
+        return dns.message.from_wire(data)
+    except Exception as error:  # As with queries: no bytes may do more than be refused.
+        raise ValueError(f"not a DNS message: {error}") from None
+
+
 def keep_relevant(message: dns.message.Message, question: Question) -> dns.message.Message:
     """The reply with what belongs to the question: the chain of names from it and, where that ends in
     nothing, the proof. The rest could be anything."""
