@@ -279,6 +279,7 @@ class Daemon:
         if not asking.done():
             asking.cancel()
             await asyncio.wait((asking,))
+            await source.close()
             return None
         self._config = with_prefixes(self._config, asking.result())
         return source
@@ -293,6 +294,7 @@ class Daemon:
         """Start following a source; returns when its first word has been applied, or at once if the
         peers of last time are there to go on with."""
         first = asyncio.Event()
+        self._source = source
         self._follower = asyncio.create_task(self._apply_from(source, first.set))
         self._follower.add_done_callback(self._follower_ended)
         if self._discovery.stored_at is None:
@@ -302,6 +304,7 @@ class Daemon:
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.wait([self._follower])
+            await self._source.close()
             self._follower = None
 
     def _follower_ended(self, task: asyncio.Task[None]) -> None:

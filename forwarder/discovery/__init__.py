@@ -62,3 +62,6 @@ class Source(Protocol):
 
     def watch(self) -> AsyncIterator[Item]:
         """What is known now, at once; then whatever differs from it. Ends only by cancellation."""
+
+    async def close(self) -> None:
+        """Give back what the others opened, when they have ended."""

@@ -67,6 +67,7 @@ class EtcdSource:
             own_record(config),
             Pools(config.cluster.cidrs, {version: discovery.prefix_length(version) for version in (4, 6)}),
             Terms(discovery.lease_seconds, discovery.hold_seconds),
+            wished=stored_prefixes,
             clock=clock,
             sleep=sleep,
         )
@@ -92,6 +93,7 @@ class EtcdSource:
                     and self._stored_prefixes
                     and self._clock() - began >= PATIENCE_SECONDS
                 ):
+                    self._registration.insist(self._stored_prefixes)
                     return self._stored_prefixes
             await self._sleep(backoff.next())
 
@@ -116,7 +118,9 @@ class EtcdSource:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            await self._client.close()
+
+    async def close(self) -> None:
+        await self._client.close()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -162,9 +166,8 @@ class EtcdSource:
     async def _list(self) -> int:
         """Say everything there is; the revision it is of."""
         found, revision = await self._client.list(self._root + NODES)
-        for item in found:
-            if item.key == self._registration.key and not self._registration.is_ours(item):
-                self._registration.recheck()
+        if not any(self._registration.is_ours(item) for item in found):
+            self._registration.recheck()
         others = [item for item in found if item.key != self._registration.key]
         # In a thread: ten thousand records are a second of parsing.
         said = await asyncio.to_thread(read_all, self._root, others)
@@ -173,7 +176,7 @@ class EtcdSource:
 
     def _say(self, change: KeyValue | Deleted) -> None:
         if change.key == self._registration.key:
-            if isinstance(change, Deleted) or not self._registration.is_ours(change):
+            if not self._registration.is_ours(change):
                 self._registration.recheck()
         elif isinstance(change, Deleted):
             self._items.put_nowait(Remove(name_of(self._root, change.key)))

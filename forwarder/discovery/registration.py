@@ -23,6 +23,7 @@ from forwarder.config import record_table
 from forwarder.discovery.backoff import Backoff
 from forwarder.discovery.etcd_client import (
     Condition,
+    Deleted,
     EtcdClient,
     EtcdError,
     KeyValue,
@@ -31,7 +32,7 @@ from forwarder.discovery.etcd_client import (
     Unchanged,
 )
 from forwarder.discovery.pools import NoPrefixError, choose
-from forwarder.peers import PeerRecord
+from forwarder.peers import PeerRecord, is_inside
 
 NODES: Final = "nodes/"
 CLAIMS: Final = "prefixes/"
@@ -71,7 +72,7 @@ class Leases:
 
 
 class Registration:
-    """One node's record and claims. `record.prefixes` may be empty until `settle` has taken some."""
+    """One node's record and claims. `record.prefixes` may be empty until `register` has taken some."""
 
     def __init__(
         self,
@@ -81,15 +82,18 @@ class Registration:
         pools: Pools,
         terms: Terms,
         *,
+        wished: tuple[Network, ...] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:
-        """`root` is what all keys begin with, with its final slash."""
+        """`root` is what all keys begin with, with its final slash; `wished` are prefixes to take if they are
+        free, since pods of this node may have addresses from them."""
         self._client = client
         self._root = root
         self._record = record
         self._pools = pools
         self._terms = terms
+        self._wished = wished
         self._clock = clock
         self._sleep = sleep
         self._leases: Leases | None = None
@@ -103,6 +107,10 @@ class Registration:
     def key(self) -> str:
         """Of this node's record."""
         return f"{self._root}{NODES}{self._record.id}"
+
+    def insist(self, prefixes: tuple[Network, ...]) -> None:
+        """These it is to be and no others: pods have their addresses from them."""
+        self._record = replace(self._record, prefixes=prefixes)
 
     async def register(self) -> None:
         """Put the record and the claims there. EtcdError, or ClaimError if they cannot be ours."""
@@ -156,9 +164,10 @@ class Registration:
         others = [
             prefix for item in claims if (prefix := claimed(self._root, item.key)) and prefix not in ours
         ]
+        wished = [prefix for prefix in self._wished if not any(_overlap(prefix, other) for other in others)]
         chosen: list[Network] = []
         for cidr in self._pools.cidrs:
-            kept = [p for p in ours if p.version == cidr.version and p.overlaps(cidr)]
+            kept = [prefix for prefix in (*ours, *wished) if is_inside(prefix, cidr)]
             try:
                 chosen += kept[:1] or choose([cidr], self._pools.lengths, others, self._record.id)
             except NoPrefixError as error:
@@ -183,7 +192,7 @@ class Registration:
             if other is None or self._ours(item) is not None:
                 continue
             for prefix in prefixes:
-                if prefix.version == other.version and prefix.overlaps(other):
+                if _overlap(prefix, other):
                     owner = item.value.decode("utf-8", "backslashreplace")
                     raise ClaimError(f"the prefix {prefix} cannot be this node's: {owner} has {other}")
 
@@ -211,9 +220,14 @@ class Registration:
         """The record was seen to be gone or another's."""
         self._lost.set()
 
-    def is_ours(self, item: KeyValue) -> bool:
-        """Whether it is the record as we put it."""
-        return self._leases is not None and item.lease == self._leases.record
+    def is_ours(self, item: KeyValue | Deleted) -> bool:
+        """Whether it is our record as we put it."""
+        return (
+            isinstance(item, KeyValue)
+            and item.key == self.key
+            and self._leases is not None
+            and item.lease == self._leases.record
+        )
 
     def _expired(self) -> bool:
         """By our own clock, counted from when we asked: never later than etcd finds."""
@@ -255,6 +269,10 @@ def claimed(root: str, key: str) -> Network | None:
         return ip_network(f"{address}/{length}")
     except ValueError:
         return None
+
+
+def _overlap(one: Network, other: Network) -> bool:
+    return one.version == other.version and one.overlaps(other)
 
 
 def _endpoints(value: bytes) -> set[str]:

@@ -53,6 +53,9 @@ class StaticSource:
             seen = current
             yield await self._read(seen)
 
+    async def close(self) -> None:
+        """Nothing stays open."""
+
     async def _read(self, found: Signature | None) -> Snapshot | Trouble:
         # In a thread: ten thousand peers are a second of parsing.
         return await asyncio.to_thread(read, self._config, found is not None)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import IPv4Network, ip_network
 
 import pytest
 
@@ -33,8 +33,8 @@ def test_all_are_found_whoever_asks_and_then_none() -> None:
 @pytest.mark.parametrize("free", range(4))
 @pytest.mark.parametrize("node_id", ["a", "b", "c", "d"])
 def test_the_only_free_one_is_found(free: int, node_id: str) -> None:
-    cidr = ip_network("10.42.0.0/22")
-    subnets = list(cidr.subnets(new_prefix=24))
+    cidr = IPv4Network("10.42.0.0/22")
+    subnets: list[Network] = list(cidr.subnets(new_prefix=24))
     taken = [other for other in subnets if other != subnets[free]]
     assert choose([cidr], LENGTHS, taken, node_id) == (subnets[free],)
 

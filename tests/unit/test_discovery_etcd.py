@@ -1,0 +1,406 @@
+"""The etcd source against a real etcd on loopback, which is stopped, frozen, compacted and lied to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forwarder import config
+from forwarder.addresses import derive_mac
+from forwarder.config import Config
+from forwarder.daemon import with_prefixes
+from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Trouble, Upsert
+from forwarder.discovery.etcd import EtcdSource
+from forwarder.discovery.etcd_client import EtcdClient, EtcdError
+from forwarder.node import identify
+from forwarder.peers import PeerRecord
+from forwarder.registry import Refusal
+from tests.etcd_server import EtcdServer, eventually
+
+pytestmark = pytest.mark.timeout(90)
+
+Story = Callable[[], Awaitable[None]]
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    server = EtcdServer(tmp_path / "etcd")
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+def node_config(
+    etcd: EtcdServer,
+    number: int,
+    *,
+    cidr: str = "10.42.0.0/16",
+    node: str = "",
+    lease_seconds: int = 3,
+    discovery: str = "",
+) -> Config:
+    return identify(
+        config.parse(f"""
+[cluster]
+cidrs = ["{cidr}"]
+[node]
+id = "n{number}"
+endpoints = ["192.0.2.{number}"]
+{node}
+[discovery]
+source = "etcd"
+urls = ["{etcd.url}"]
+lease_seconds = {lease_seconds}
+hold_seconds = {2 * lease_seconds}
+{discovery}
+""")
+    )
+
+
+class Follower:
+    """A node's source as the daemon follows it: what it said, and what stands by it."""
+
+    def __init__(self, settings: Config, **options: Any) -> None:
+        self.source = EtcdSource(settings, **options)
+        self.items: list[Item] = []
+        self.said: dict[str, Any] = {}
+        self.fault: str | None = "nothing said yet"
+        self.unannounced: str | None = "nothing said yet"
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> Follower:
+        self.prefixes = await asyncio.wait_for(self.source.own_prefixes(), 10)
+        self._task = asyncio.create_task(self._follow())
+        return self
+
+    async def _follow(self) -> None:
+        async for item in self.source.watch():
+            self.items.append(item)
+            match item:
+                case Announced(fault):
+                    self.unannounced = fault
+                    continue
+                case Trouble(faults):
+                    self.fault = "; ".join(faults)
+                    continue
+                case Snapshot(said):
+                    self.said = dict(said)
+                case Upsert(key, value):
+                    self.said[key] = value
+                case Remove(key):
+                    self.said.pop(key, None)
+                case Current():
+                    pass
+            self.fault = None
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            assert self._task.cancelled()
+        await self.source.close()
+
+    @property
+    def ids(self) -> set[str]:
+        return {record.id for record in self.said.values() if isinstance(record, PeerRecord)}
+
+
+@asynccontextmanager
+async def following(*settings: Config, **options: Any):  # type: ignore[no-untyped-def]
+    followers = [Follower(one, **options) for one in settings]
+    try:
+        for follower in followers:
+            await follower.start()
+        yield followers
+    finally:
+        for follower in followers:
+            await follower.stop()
+
+
+def test_nodes_find_each_other_and_keep_their_prefixes(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        async with following(*(node_config(etcd, number) for number in (1, 2, 3))) as nodes:
+            for node in nodes:
+                others = {f"n{number}" for number in (1, 2, 3)} - {node.source._config.node.id}
+                await eventually(lambda node=node, others=others: node.ids == others, "the others")
+                await eventually(lambda node=node: node.unannounced is None, "the announcement")
+            prefixes = [node.prefixes for node in nodes]
+            assert len({*prefixes}) == 3
+            record = next(iter(nodes[0].said.values()))
+            assert record.prefixes in prefixes
+            assert record.router_mac == derive_mac(record.id, "router")
+        # Stopped and started again, as after an upgrade: the record still lives, and so does the prefix.
+        async with following(node_config(etcd, 2)) as (again,):
+            assert again.prefixes == prefixes[1]
+
+    asyncio.run(story())
+
+
+def test_a_hundred_nodes_at_once_get_a_hundred_prefixes(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        sources = [
+            EtcdSource(node_config(etcd, number, cidr="10.42.0.0/17", lease_seconds=60))
+            for number in range(1, 101)
+        ]
+        prefixes = await asyncio.gather(*(source.own_prefixes() for source in sources))
+        assert len(set(prefixes)) == 100
+        for source in sources:
+            await source.close()
+
+    asyncio.run(story())
+
+
+def test_a_node_that_dies_is_forgotten_and_its_prefix_withheld_then_free(etcd: EtcdServer) -> None:
+    """The pool holds two prefixes, and both are taken."""
+    cidr = "10.42.0.0/23"
+
+    async def story() -> None:
+        async with following(node_config(etcd, 1, cidr=cidr)) as (one,):
+            two = await Follower(node_config(etcd, 2, cidr=cidr)).start()
+            await eventually(lambda: one.ids == {"n2"}, "the second node")
+            await two.stop()
+            died = time.monotonic()
+            heir = asyncio.create_task(Follower(node_config(etcd, 3, cidr=cidr)).start())
+            await eventually(lambda: one.ids == set(), "the dead node's departure", 8)
+            assert not heir.done(), "the prefix was given away before its time"
+            third = await heir
+            assert time.monotonic() - died >= 6 - 2  # a renewal may have been up to a third of it before
+            assert third.prefixes == two.prefixes
+            await eventually(lambda: one.ids == {"n3"}, "the heir")
+            await third.stop()
+
+    asyncio.run(story())
+
+
+def test_a_reserved_prefix_is_nobodys(etcd: EtcdServer) -> None:
+    etcd.ctl("put", "/podloom/prefixes/10.42.0.0-24", "the office's printers")
+
+    async def story() -> None:
+        async with following(node_config(etcd, 1, cidr="10.42.0.0/23")) as (one,):
+            assert one.prefixes == (ip_network("10.42.1.0/24"),)
+
+    asyncio.run(story())
+
+
+def test_prefixes_given_by_hand_are_claimed_and_never_taken_from_another(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        owner = node_config(etcd, 1, node='prefixes = ["10.42.8.0/22"]')
+        rival = node_config(etcd, 2, node='prefixes = ["10.42.9.0/24"]')
+        async with following(owner) as (one,):
+            await eventually(lambda: one.unannounced is None, "the claim")
+            async with following(rival) as (two,):
+                await eventually(lambda: "n1 has 10.42.8.0/22" in str(two.unannounced), "the refusal")
+                await eventually(lambda: two.ids == {"n1"}, "the owner")
+                assert one.ids == set()
+
+    asyncio.run(story())
+
+
+def test_a_clone_is_refused_and_says_so(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        original = node_config(etcd, 1)
+        cloned = config.parse(config.render(original).replace("192.0.2.1", "192.0.2.77"))
+        async with following(original) as (one,):
+            clone = EtcdSource(cloned, stored_prefixes=one.prefixes)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(clone.own_prefixes(), 5)
+            await clone.close()
+            assert one.unannounced is None
+            text = json.loads(etcd.ctl("get", "--print-value-only", "/podloom/nodes/n1"))
+            assert text["endpoints"] == ["192.0.2.1"]
+
+    asyncio.run(story())
+
+
+JUNK: list[tuple[str, str, str]] = [
+    ("nodes/x", "\x01\x02 junk", "must be JSON"),
+    ("nodes/x", "[]", "must be a JSON object"),
+    ("nodes/x", "[" * 30_000, "must be JSON"),
+    ("nodes/x", '{"id": "x"}', "nodes/x.endpoints is missing"),
+    (
+        "nodes/x",
+        '{"id": "y", "endpoints": ["192.0.2.9"], "prefixes": ["10.42.9.0/24"], "port": 1, "vni": 1,'
+        ' "encapsulation": "geneve", "router_mac": "02:00:00:00:00:01"}',
+        "must be the key's own",
+    ),
+    ("nodes/x", '{"id": "x", "endpoints": 7, "port": true}', "nodes/x.port = true"),
+]
+
+
+def test_faulty_records_are_refused_with_their_key_and_the_rest_applies(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        async with following(node_config(etcd, 1), node_config(etcd, 2)) as (one, _):
+            await eventually(lambda: one.ids == {"n2"}, "the second node")
+            for key, value, why in JUNK:
+                etcd.ctl("put", f"/podloom/{key}", value)
+                await eventually(
+                    lambda why=why: (
+                        isinstance(one.said.get("nodes/x"), Refusal)
+                        and any(why in str(fault) for fault in one.said["nodes/x"].faults)
+                    ),
+                    why,
+                )
+                assert one.ids == {"n2"}
+            etcd.ctl("del", "/podloom/nodes/x")
+            await eventually(lambda: "nodes/x" not in one.said, "its departure")
+
+    asyncio.run(story())
+
+
+def test_a_newer_podlooms_keys_are_left_alone(etcd: EtcdServer) -> None:
+    record = {
+        "id": "new",
+        "endpoints": ["192.0.2.9"],
+        "prefixes": ["10.42.9.0/24"],
+        "port": 6081,
+        "vni": 1,
+        "encapsulation": "geneve",
+        "router_mac": "02:00:00:00:00:09",
+        "quantum": True,
+    }
+    etcd.ctl("put", "/podloom/nodes/new", json.dumps(record))
+
+    async def story() -> None:
+        async with following(node_config(etcd, 1)) as (one,):
+            await eventually(lambda: one.ids == {"new"}, "the newer node")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("compacted", [False, True], ids=["", "and compacted meanwhile"])
+def test_a_stopped_server_is_no_reason_to_forget(etcd: EtcdServer, compacted: bool) -> None:
+    """What changed while it was away is known soon after it is back."""
+
+    async def story() -> None:
+        async with following(node_config(etcd, 1), node_config(etcd, 2)) as (one, _):
+            await eventually(lambda: one.ids == {"n2"}, "the second node")
+            etcd.stop()
+            await eventually(lambda: one.fault is not None, "the trouble")
+            await eventually(lambda: one.unannounced is not None, "fencing", 8)
+            assert one.ids == {"n2"}
+            etcd.start()
+            if compacted:
+                for _ in range(5):
+                    etcd.ctl("put", "/elsewhere", "x")
+                revision = json.loads(etcd.ctl("get", "/elsewhere", "-w", "json"))["header"]["revision"]
+                etcd.ctl("compaction", str(revision))
+            await eventually(lambda: one.fault is None and one.unannounced is None, "recovery", 10)
+            assert one.ids == {"n2"}
+            async with following(node_config(etcd, 3)):
+                await eventually(lambda: "n3" in one.ids, "what happens afterwards")
+
+    asyncio.run(story())
+
+
+def test_a_server_that_only_keeps_its_connections_is_noticed(etcd: EtcdServer) -> None:
+    """Half open: no answer and no reset. A watch that is silent is opened anew."""
+
+    async def story() -> None:
+        async with following(node_config(etcd, 1), silence_seconds=1.0) as (one,):
+            await eventually(lambda: one.unannounced is None, "the start")
+            etcd.freeze()
+            await eventually(lambda: one.unannounced is not None, "fencing", 15)
+            etcd.thaw()
+            await eventually(lambda: one.unannounced is None, "recovery", 15)
+            async with following(node_config(etcd, 2)):
+                await eventually(lambda: one.ids == {"n2"}, "what happens afterwards")
+
+    asyncio.run(story())
+
+
+def test_an_absent_server_is_not_asked_in_a_hot_loop(etcd: EtcdServer) -> None:
+    asked: list[float] = []
+
+    async def story() -> None:
+        async with following(node_config(etcd, 1)) as (one,):
+            await eventually(lambda: one.unannounced is None, "the start")
+            original = EtcdClient._post
+
+            async def counted(self: EtcdClient, *words: Any, **more: Any) -> Any:
+                asked.append(time.monotonic())
+                return await original(self, *words, **more)
+
+            EtcdClient._post = counted  # type: ignore[method-assign]
+            try:
+                etcd.stop()
+                await asyncio.sleep(6)  # what is measured is how much is asked in this time
+            finally:
+                EtcdClient._post = original  # type: ignore[method-assign]
+
+    asyncio.run(story())
+    # Two loops; waits from 0.1 to 0.2 s that double.
+    assert 2 <= len(asked) <= 24, asked
+
+
+def test_a_record_that_somebody_deletes_is_put_again(etcd: EtcdServer) -> None:
+    async def story() -> None:
+        async with following(node_config(etcd, 1), node_config(etcd, 2)) as (one, two):
+            await eventually(lambda: one.ids == {"n2"}, "the second node")
+            for _ in range(3):
+                etcd.ctl("del", "/podloom/nodes/n2")
+                await eventually(lambda: one.items[-1] == Remove("nodes/n2") or one.ids == {"n2"}, "it")
+                await eventually(lambda: one.ids == {"n2"} and two.unannounced is None, "its return")
+
+    asyncio.run(story())
+
+
+def test_a_start_without_the_server_has_the_prefixes_of_last_time(etcd: EtcdServer) -> None:
+    etcd.stop()
+    stored = (ip_network("10.42.7.0/24"),)
+
+    async def story() -> None:
+        async with following(node_config(etcd, 1), stored_prefixes=stored) as (one,):
+            assert one.prefixes == stored
+            await eventually(lambda: isinstance(one.fault, str) and etcd.url in one.fault, "the trouble")
+            etcd.start()
+            await eventually(lambda: one.fault is None and one.unannounced is None, "the server", 20)
+            claims = etcd.ctl("get", "--prefix", "--keys-only", "/podloom/prefixes/")
+            assert claims.split() == ["/podloom/prefixes/10.42.7.0-24"]
+
+    asyncio.run(story())
+
+
+def test_users_and_their_tokens(etcd: EtcdServer, tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("secret\n")
+    for words in (
+        ("user", "add", "root:r"),
+        ("user", "grant-role", "root", "root"),
+        ("role", "add", "podloom"),
+        ("role", "grant-permission", "--prefix=true", "podloom", "readwrite", "/podloom/"),
+        ("user", "add", "loom:secret"),
+        ("user", "grant-role", "loom", "podloom"),
+        ("auth", "enable"),
+    ):
+        etcd.ctl(*words)
+
+    async def story() -> None:
+        user = f'username = "loom"\npassword_file = "{password}"'
+        async with following(node_config(etcd, 1, discovery=user)) as (one,):
+            await eventually(lambda: one.unannounced is None and one.fault is None, "the start")
+            one.source._client._token = "stale"  # noqa: S105
+            await one.source._client.list("/podloom/")
+            assert one.unannounced is None
+        stranger = EtcdSource(node_config(etcd, 2))
+        with pytest.raises(EtcdError, match="user name is empty"):
+            await stranger._registration.register()
+        await stranger.close()
+
+    asyncio.run(story())
+
+
+def test_the_configuration_shown_is_the_one_meant(etcd: EtcdServer) -> None:
+    settings = node_config(etcd, 1)
+    assert config.parse(config.render(settings)) == settings
+    given = with_prefixes(settings, (ip_network("10.42.7.0/24"),))
+    assert config.parse(config.render(given)) == given
