@@ -20,7 +20,18 @@ from forwarder.control.messages import DEFAULT_RUN_DIR, SOCKET_NAME
 from forwarder.faults import MISSING, ConfigError, Fault
 from forwarder.names.options import NAMES, NamesConfig, names_example, read_services
 from forwarder.names.records import Service
-from forwarder.peers import OVERHEAD_BYTES, Local, NamedPrefix, PeerRecord, check, is_inside, overlaps
+from forwarder.peers import (
+    FEATURES,
+    OPTION_BYTES,
+    OVERHEAD_BYTES,
+    REMOTE_CHECKSUM,
+    Local,
+    NamedPrefix,
+    PeerRecord,
+    check,
+    is_inside,
+    overlaps,
+)
 from forwarder.toml_values import (
     Kind,
     RefusedError,
@@ -73,7 +84,12 @@ class TunnelConfig:
     geneve_port: int = 6081
     vxlan_ports: tuple[int, ...] = (4789,)
     vxlan_reserved_bits: str = "strict"
+    remote_checksum: bool = False
     underlay_mtu_bytes: int = 0
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return (REMOTE_CHECKSUM,) if self.remote_checksum else ()
 
     def port(self, encapsulation: str) -> int:
         """The UDP port this cluster uses for an encapsulation, when nothing else is said."""
@@ -239,6 +255,7 @@ def record_table(record: PeerRecord) -> dict[str, Any]:
         "vni": record.vni,
         "router_mac": format_mac(record.router_mac),
         "prefixes": [str(prefix) for prefix in record.prefixes],
+        "features": list(record.features),
     }
 
 
@@ -255,6 +272,7 @@ def own_record(config: Config) -> PeerRecord:
         vni=config.cluster.vni,
         router_mac=config.node.router_mac,
         prefixes=config.node.prefixes,
+        features=tunnel.features,
     )
 
 
@@ -310,6 +328,9 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 #vxlan_ports = {_toml(tunnel.vxlan_ports)}
 # "strict" drops datagrams with reserved bits set, as Linux does; "rfc" ignores the bits (RFC 7348).
 #vxlan_reserved_bits = "{tunnel.vxlan_reserved_bits}"
+# true leaves inner checksums to the receiving host, towards peers whose record has the feature
+# "{REMOTE_CHECKSUM}" (Geneve only). Pods' MTU is {OPTION_BYTES} bytes less for it.
+#remote_checksum = {_toml(tunnel.remote_checksum)}
 # 0 reads it from the device that has the endpoint.
 #underlay_mtu_bytes = {tunnel.underlay_mtu_bytes}
 
@@ -369,6 +390,8 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 #encapsulation = "geneve"
 #port = 6081
 #vni = 1
+# What it can do besides: "{REMOTE_CHECKSUM}" if its tunnel.remote_checksum is true.
+#features = []
 """
 
 
@@ -594,6 +617,7 @@ _TUNNEL: Final = {
         _PORT, f"must be a list of at most {MAX_VXLAN_PORTS} UDP ports", at_most=MAX_VXLAN_PORTS
     ),
     "vxlan_reserved_bits": one_of("strict", "rfc"),
+    "remote_checksum": kind_of(bool, "must be true or false"),
     "underlay_mtu_bytes": integer(MIN_UNDERLAY_MTU_BYTES, MAX_MTU_BYTES, or_zero=True),
 }
 _LINKS: Final = {
@@ -645,6 +669,7 @@ _PEER: Final = {
         "must be a list of the networks that the peer's pods get addresses from",
         at_least=1,
     ),
+    "features": list_of(one_of(*FEATURES), "must be a list of features"),
 }
 
 

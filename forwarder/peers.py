@@ -7,8 +7,9 @@ value: a peer that keeps its id and changes its address is a change like any oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 from forwarder.addresses import Address, Network, format_mac
@@ -16,6 +17,15 @@ from forwarder.faults import Fault
 
 OVERHEAD_BYTES = {4: 50, 6: 70}
 """By the underlay's IP version: outer IP, UDP, Geneve or VXLAN without options, inner Ethernet."""
+
+
+REMOTE_CHECKSUM = "remote-checksum"
+"""Inner TCP and UDP checksums left to the receiver's host, under a Geneve option."""
+
+FEATURES = (REMOTE_CHECKSUM,)
+
+OPTION_BYTES = 4
+"""What the Geneve option of REMOTE_CHECKSUM adds to a datagram."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,8 @@ class PeerRecord:
     vni: int
     router_mac: bytes
     prefixes: tuple[Network, ...]
+    features: tuple[str, ...] = ()
+    """What it can do besides, of FEATURES: used where we can, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +156,7 @@ class PeerPath:
     endpoint: Address
     port: int
     mtu_bytes: int
+    partial_checksums: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +180,13 @@ def tables_for(
     mtu_bytes: Mapping[int, int],
     max_slots: int,
     reserved: Iterable[int] = (),
+    short_paths: Mapping[str, int] = MappingProxyType({}),
+    features: Collection[str] = (),
 ) -> Tables:
     """The tables for checked records. A node keeps its slot of `previous`, and gets none of the `reserved`;
     `mtu_bytes` is the largest inner IP packet by the underlay's IP version, and its keys are the versions
-    this node can send."""
+    this node can send; `short_paths` is by node id the path MTU where that leaves less; `features` are
+    this node's."""
     records = list(records)
     slots = {record.id: previous[record.id] for record in records if record.id in previous}
     taken = {*slots.values(), *reserved}
@@ -186,13 +202,23 @@ def tables_for(
             slots[record.id] = slot
         slot = slots[record.id]
         endpoint = next(address for address in record.endpoints if address.version in mtu_bytes)
+        partial_checksums = (
+            REMOTE_CHECKSUM in features
+            and REMOTE_CHECKSUM in record.features
+            and record.encapsulation == "geneve"
+        )
+        inner_mtu_bytes = mtu_bytes[endpoint.version]
+        if record.id in short_paths:
+            overhead = OVERHEAD_BYTES[endpoint.version] + (OPTION_BYTES if partial_checksums else 0)
+            inner_mtu_bytes = min(inner_mtu_bytes, short_paths[record.id] - overhead)
         paths[slot] = PeerPath(
             encapsulation=record.encapsulation,
             vni=record.vni,
             router_mac=record.router_mac,
             endpoint=endpoint,
             port=record.port,
-            mtu_bytes=mtu_bytes[endpoint.version],
+            mtu_bytes=inner_mtu_bytes,
+            partial_checksums=partial_checksums,
         )
         sources.update(dict.fromkeys(record.endpoints, slot))
         prefixes.update(dict.fromkeys(record.prefixes, slot))
