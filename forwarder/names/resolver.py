@@ -40,7 +40,10 @@ MAX_WAITING: Final = 512
 
 MAX_WAITING_OF_SOURCE: Final = 64
 REPEAT_SECONDS: Final = 1.0
-"""How long the same bytes get the same reply without being read again: TTLs are off by no more than that."""
+"""How long the same bytes get the same reply of upstream without being read again: TTLs are off by no more
+than that. The zone's replies have no such age; they are forgotten when it changes."""
+
+ZONE_REPEAT_SECONDS: Final = 600.0
 
 REPEAT_SHARE: Final = 8
 """Replies for repetition get this part of the cache's memory."""
@@ -97,13 +100,19 @@ class Resolver:
             if not isinstance(query, Query):
                 self.counters["ignored" if query is None else "refused"] += 1
                 return query
-            reply = self._answer(query, source, now, over_tcp=over_tcp)
+            found = self.zone.look_up(query.name, query.rdtype)
+            if found is not None and not found.alias:
+                self.counters["zone"] += 1
+                ours = render(query, _from_zone(query, found), over_tcp=over_tcp)
+                self._repeats.put(key, ours[2:], now, ZONE_REPEAT_SECONDS)
+                return ours
+            reply = self._answer(query, found, source, now, over_tcp=over_tcp)
+            if isinstance(reply, bytes):
+                self._repeats.put(key, reply[2:], now, REPEAT_SECONDS)
+            return reply
         except Exception:
             log.exception("a query could not be answered")
             return bare_reply(data, dns.rcode.SERVFAIL)
-        if isinstance(reply, bytes):
-            self._repeats.put(key, reply[2:], now, REPEAT_SECONDS)
-        return reply
 
     def _turn_away(self, data: bytes, verdict: Verdict) -> Reply:
         if verdict is Verdict.DROP:
@@ -115,12 +124,9 @@ class Resolver:
         return bare_reply(data, dns.rcode.REFUSED)
 
     def _answer(
-        self, query: Query, source: str, now: float, *, over_tcp: bool
+        self, query: Query, found: Found | None, source: str, now: float, *, over_tcp: bool
     ) -> Reply | Coroutine[Any, Any, Reply]:
-        found = self.zone.look_up(query.name, query.rdtype)
-        if found is not None and not found.alias:
-            self.counters["zone"] += 1
-            return render(query, _from_zone(query, found), over_tcp=over_tcp)
+        """What is not ours, or `found` to go on at a name that is not."""
         if found is None and not query.wants_recursion:
             self.counters["refused"] += 1
             return render(query, Answer.failed(dns.rcode.REFUSED), over_tcp=over_tcp)

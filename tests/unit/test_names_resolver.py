@@ -21,7 +21,13 @@ import pytest
 
 from forwarder.names.limits import Limiter
 from forwarder.names.records import Endpoint, Put, Replace, Service
-from forwarder.names.resolver import MAX_WAITING, MAX_WAITING_OF_SOURCE, REPEAT_SECONDS, Resolver
+from forwarder.names.resolver import (
+    MAX_WAITING,
+    MAX_WAITING_OF_SOURCE,
+    REPEAT_SECONDS,
+    ZONE_REPEAT_SECONDS,
+    Resolver,
+)
 from forwarder.names.upstream import Upstream, UpstreamError
 from forwarder.names.wire import UDP_PAYLOAD_BYTES, Question
 from forwarder.names.zone import Zone
@@ -284,9 +290,21 @@ def test_the_same_bytes_again_are_not_read_again(desk: Desk) -> None:
     desk.resolver.zone.apply("test", Put((Service("kubernetes", cluster_ips=(ip_address("10.3.0.99"),)),)))
     desk.resolver.forget_repeats()
     assert values(desk.ask(KUBERNETES)) == ["10.3.0.99"]
-    desk.now += REPEAT_SECONDS
+    desk.now += ZONE_REPEAT_SECONDS
     desk.send(query)
     assert desk.resolver.counters["repeated"] == 1
+
+
+def test_the_same_bytes_for_upstream_are_read_again_after_a_second(desk: Desk) -> None:
+    query = dns.message.make_query("www.example.com", "A").to_wire()
+    for _ in range(3):  # asked of upstream, read from the cache, repeated
+        desk.send(query)
+    assert (desk.resolver.counters["cached"], desk.resolver.counters["repeated"]) == (1, 1)
+    desk.now += REPEAT_SECONDS
+    reply = desk.send(query)
+    assert reply is not None
+    assert dns.message.from_wire(reply).answer[0].ttl == 59
+    assert (desk.resolver.counters["cached"], desk.resolver.counters["repeated"]) == (2, 1)
 
 
 def header(reply: bytes | None) -> tuple[int, dns.rcode.Rcode]:
