@@ -17,14 +17,17 @@ MAC = bytes(6)
 @pytest.mark.benchmark(group="segment")
 @pytest.mark.parametrize("family", [4, 6], ids=["IPv4", "IPv6"])
 @pytest.mark.parametrize("protocol", [TCP, UDP], ids=["TCP", "UDP"])
-def test_segment(per_packet: PerPacket, protocol: int, family: int) -> None:
-    """A superframe of 44 segments: their headers and checksums. The payload is read, and stays."""
+@pytest.mark.parametrize("partial", [False, True], ids=["whole checksums", "partial checksums"])
+def test_segment(per_packet: PerPacket, protocol: int, family: int, partial: bool) -> None:
+    """A superframe of 44 segments: their headers and checksums. The payload is read for the latter, and
+    stays where it is."""
     header, frame = traffic.superframe(protocol, family, MAC, MAC)
     packets = SUPERFRAME_SEGMENTS * PASSES
     count = per_packet(
         loops.segment,
         loops.Packets([frame]),
         header,
+        partial,
         PASSES,
         packets=packets,
         packet_bytes=len(frame) // SUPERFRAME_SEGMENTS,

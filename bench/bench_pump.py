@@ -30,12 +30,17 @@ class Pair:
 def make_pair() -> Iterator[Callable[..., Pair]]:
     with ExitStack() as stack:
 
-        def make(encapsulation: str = "geneve", mtu: int = POD_MTU, gro: bool = True) -> Pair:
+        def make(
+            encapsulation: str = "geneve",
+            mtu: int = POD_MTU,
+            gro: bool = True,
+            partial_checksums: bool = False,
+        ) -> Pair:
             near, far = (
                 stack.enter_context(closing(Node(number, encapsulation, mtu, gro))) for number in (1, 2)
             )
-            near.join(far)
-            far.join(near)
+            near.join(far, partial_checksums)
+            far.join(near, partial_checksums)
             return Pair(near, far)
 
         yield make
@@ -129,6 +134,22 @@ def test_encap_vxlan(per_packet: PerPacket, make_pair: Callable[..., Pair]) -> N
 @pytest.mark.benchmark(group="decap")
 def test_decap_vxlan(per_packet: PerPacket, make_pair: Callable[..., Pair]) -> None:
     measure_decap(per_packet, make_pair("vxlan"), "one flow")
+
+
+@pytest.mark.benchmark(group="encap")
+@pytest.mark.parametrize("shape", ["superframes of TCP", "superframes of UDP"])
+def test_encap_with_partial_checksums(
+    per_packet: PerPacket, make_pair: Callable[..., Pair], shape: str
+) -> None:
+    measure_encap(per_packet, make_pair(partial_checksums=True), shape)
+
+
+@pytest.mark.benchmark(group="decap")
+@pytest.mark.parametrize("shape", ["superframes of TCP", "superframes of UDP"])
+def test_decap_with_partial_checksums(
+    per_packet: PerPacket, make_pair: Callable[..., Pair], shape: str
+) -> None:
+    measure_decap(per_packet, make_pair(partial_checksums=True), shape)
 
 
 @pytest.mark.benchmark(group="encap")

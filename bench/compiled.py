@@ -16,6 +16,7 @@ from Cython.Build import cythonize
 from setuptools import Distribution, Extension
 
 ROOT = Path(__file__).resolve().parents[1]
+DIRECTIVES = {"language_level": 3, "boundscheck": False, "wraparound": False, "cdivision": True}
 CFLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-DNDEBUG"]
 
 
@@ -23,9 +24,8 @@ def install(name: str) -> None:
     """Compile the module's .pyx into a directory that is gone again, so that `import NAME` finds it."""
     if name in sys.modules:
         return
-    source = ROOT.joinpath(*name.split(".")).with_suffix(".pyx")
     with tempfile.TemporaryDirectory(prefix="podloom-bench-") as directory:
-        library = _build(name, source, Path(directory))
+        library = _build(name, Path(directory))
         specification = importlib.util.spec_from_file_location(name, library)
         assert specification is not None
         assert specification.loader is not None
@@ -36,20 +36,21 @@ def install(name: str) -> None:
     setattr(importlib.import_module(package), last, module)
 
 
-def _build(name: str, source: Path, directory: Path) -> Path:
-    extensions = cythonize(
+def translate(name: str, directory: Path) -> list[Extension]:
+    """Cython to C, into `directory`. Cython.Compiler.Errors.CompileError if it no longer fits fastpath."""
+    source = ROOT.joinpath(*name.split(".")).with_suffix(".pyx")
+    extensions: list[Extension] = cythonize(
         [Extension(name, [str(source)], extra_compile_args=CFLAGS)],
         include_path=[str(ROOT)],
         build_dir=str(directory / "c"),
-        compiler_directives={
-            "language_level": 3,
-            "boundscheck": False,
-            "wraparound": False,
-            "cdivision": True,
-        },
+        compiler_directives=DIRECTIVES,
         quiet=True,
     )
-    distribution = Distribution({"name": "bench", "ext_modules": extensions})
+    return extensions
+
+
+def _build(name: str, directory: Path) -> Path:
+    distribution = Distribution({"name": "bench", "ext_modules": translate(name, directory)})
     command = distribution.get_command_obj("build_ext")
     command.build_lib = str(directory / "lib")
     command.build_temp = str(directory / "objects")

@@ -28,8 +28,9 @@ def complete_checksums(frames: Packets, header: bytes, passes: int) -> int:
 def lookup(table: PrefixTable, addresses: memoryview, passes: int) -> int:
     """Sum of the slots that addresses of 4 or 16 bytes, a row each, lead to."""
 
-def segment(superframe: Packets, header: bytes, passes: int) -> int:
-    """The headers of every segment that the one superframe is cut into; how many segments."""
+def segment(superframe: Packets, header: bytes, partial: bool, passes: int) -> int:
+    """The headers of every segment that the one superframe is cut into; how many segments. `partial` leaves
+    their checksums unfinished."""
 
 class Merger:
     """The chains of coalescing, without the TAP behind them."""

@@ -74,12 +74,13 @@ def decode(Packets datagrams not None, str encapsulation not None, int passes):
     cdef bint geneve = encapsulation == "geneve"
     cdef uint64_t total = 0
     cdef uint32_t vni = 0
+    cdef bint partial = False
     cdef int i, _k
     with nogil:
         for _k in range(passes):
             for i in range(datagrams.count):
                 if geneve:
-                    total += geneve_decode(datagrams.at(i), datagrams.lengths[i], &vni)
+                    total += geneve_decode(datagrams.at(i), datagrams.lengths[i], &vni, &partial)
                 else:
                     total += vxlan_decode(datagrams.at(i), datagrams.lengths[i], True, &vni)
                 total += vni
@@ -155,8 +156,9 @@ def lookup(PrefixTable table not None, const uint8_t[:, ::1] addresses not None,
     return total
 
 
-def segment(Packets superframe not None, bytes header not None, int passes):
-    """The headers of every segment that the one superframe is cut into; how many segments."""
+def segment(Packets superframe not None, bytes header not None, bint partial, int passes):
+    """The headers of every segment that the one superframe is cut into; how many segments. `partial` leaves
+    their checksums unfinished."""
     cdef VnetHeader offload = virtio_decode(header)
     cdef uint8_t blocks[64][SEGMENT_HEADERS]
     cdef Superframe cut
@@ -167,7 +169,7 @@ def segment(Packets superframe not None, bytes header not None, int passes):
         for _k in range(passes):
             if segment_open(&offload, superframe.at(0), &superframe.infos[0], &cut) == 0:
                 for i in range(cut.count):
-                    segment_header(&cut, i, blocks[i & 63])
+                    segment_header(&cut, i, blocks[i & 63], partial)
                 total += cut.count
     return total
 
@@ -196,7 +198,7 @@ cdef class Merger:
         with nogil:
             for _k in range(passes):
                 for i in range(frames.count):
-                    coalesce_add(self.chains, &frames.infos[i], 1)
+                    coalesce_add(self.chains, &frames.infos[i], 1, False)
                 total += self.chains.count
                 for i in range(self.chains.count):
                     if self.chains.chains[i].packets > 1:

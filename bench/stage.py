@@ -58,7 +58,7 @@ class Node:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             self._prefixes.insert(socket.inet_pton(family, address), length, slot)
 
-    def join(self, other: Node) -> None:
+    def join(self, other: Node, partial_checksums: bool = False) -> None:
         """Make the other node our peer."""
         endpoint = socket.inet_aton(other.address)
         self._peers.set(
@@ -69,6 +69,7 @@ class Node:
             endpoint=endpoint,
             port=port_of(other.receiver),
             mtu=self._mtu,
+            partial_checksums=partial_checksums,
         )
         self._peers.allow_source(endpoint, 1)
         self._insert(other._number, 1)
