@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import permutations
 
-from forwarder.demo.lab import Lab, LabError, Node, Pod
+from forwarder.demo.lab import START_SECONDS, Lab, LabError, Node, Pod
 from forwarder.demo.probes import Echoes, Pings, Station, Transfer, ping, transfer, udp_echo
 
 TRANSFER_BYTES = 32 << 20
 ECHO_BYTES = 2000  # more than a pod's MTU, so that it crosses as inner fragments
 ECHO_COUNT = 5
+
+JOIN_SECONDS = 2.0
+LEAVE_SECONDS = 15.0
 
 _FAMILIES = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}
 
@@ -33,6 +36,7 @@ class Outcome:
     nodes: int
     encapsulation: str
     underlay: str
+    source: str = "static"
     pods: list[Pod] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     pings: list[Pings] = field(default_factory=list)
@@ -70,6 +74,14 @@ class Checks:
             *((udp + family, lambda family=family: self.echo_udp(family)) for family in _FAMILIES),
             ("moving a pod to another node", self.move_pod),
             ("reading the drop counters", self.read_drops),
+            *(self._growth() if self._outcome.source == "etcd" else []),
+        ]
+
+    def _growth(self) -> list[tuple[str, Callable[[], None]]]:
+        return [
+            ("letting another node join", self.join),
+            ("killing a node", self.kill_node),
+            ("letting a node take the dead one's place", self.replace_node),
         ]
 
     def start_nodes(self) -> None:
@@ -139,6 +151,76 @@ class Checks:
                     if count:
                         total[reason] = total.get(reason, 0) + count
             self._outcome.drops[node.name] = total
+
+    def join(self) -> None:
+        node = self._lab.add_node()
+        self._lab.launch(node)
+        answered_at = self._lab.wait_ready(node, time.monotonic() + START_SECONDS)
+        pairs = [(_station(node), _station(pod)) for pod in self._lab.pods]
+        while (pings := ping(pairs, 0.2)).lost and time.monotonic() - answered_at < JOIN_SECONDS:
+            pass
+        seconds = time.monotonic() - answered_at
+        detail = (
+            f"{node.name} reached {pings.received} of {pings.sent} addresses {seconds:.1f} s after its start"
+        )
+        self._tell("a node joins", not pings.lost and seconds < JOIN_SECONDS, detail)
+        self._check_tables("tables with it")
+
+    def kill_node(self) -> None:
+        self._reserve_what_is_free()
+        victim = self._lab.nodes[1]
+        self._lab.kill(victim)
+        self._killed_at, self._victim = time.monotonic(), victim
+        deadline = self._killed_at + LEAVE_SECONDS
+        while (wrong := self._wrong_tables()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seconds = time.monotonic() - self._killed_at
+        detail = f"{victim.name} was no peer any more {seconds:.1f} s after its kill -9"
+        self._tell("a node dies", not wrong, "; ".join(wrong) or detail)
+        self.ping_pods()
+        held = self._lab.etcd.claims().get(victim.prefixes[0])
+        self._tell("its prefix is withheld", held == victim.name, f"{victim.prefixes[0]} is held for {held}")
+
+    def replace_node(self) -> None:
+        node = self._lab.add_node()
+        self._lab.launch(node)
+        self._lab.wait_ready(node, self._killed_at + 2 * self._lab.etcd.HOLD_SECONDS + START_SECONDS)
+        seconds = time.monotonic() - self._killed_at
+        prefix, least = self._victim.prefixes[0], self._lab.etcd.HOLD_SECONDS * 2 / 3
+        detail = f"{node.name} got {node.prefixes[0]} {seconds:.1f} s after {self._victim.name} died"
+        right = node.prefixes[0] == prefix and seconds >= least
+        self._tell("its prefix is used again", right, f"{detail}, held for {least:.0f} s at least")
+        self._lab.add_pod(node, "new")
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while self._wrong_tables() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self._check_tables("tables at the end")
+        self.ping_pods()
+
+    def _reserve_what_is_free(self) -> None:
+        """So that the next node can have none but the dead one's."""
+        prefix = self._lab.nodes[0].prefixes[0]
+        claimed = self._lab.etcd.claims()
+        for other in prefix.supernet(self._lab.etcd.PREFIXES.bit_length() - 1).subnets(
+            new_prefix=prefix.prefixlen
+        ):
+            if other not in claimed:
+                self._lab.etcd.reserve(other)
+
+    def _check_tables(self, name: str) -> None:
+        wrong = self._wrong_tables()
+        detail = f"each of {len(self._lab.nodes)} nodes knows all others and their prefixes, and nobody else"
+        self._tell(name, not wrong, "; ".join(wrong) or detail)
+
+    def _wrong_tables(self) -> list[str]:
+        prefixes = {node.name: {str(prefix) for prefix in node.prefixes} for node in self._lab.nodes}
+        wrong = []
+        for node in self._lab.nodes:
+            known = {peer["id"]: set(peer["prefixes"]) for peer in self._lab.ask(node, "peers")}
+            expected = {name: value for name, value in prefixes.items() if name != node.name}
+            if known != expected:
+                wrong.append(f"{node.name} knows {', '.join(known) or 'nobody'}")
+        return wrong
 
     def _ring(self) -> list[tuple[Station, Station]]:
         """A pod of each node with one of the next, of the last with one of the first."""

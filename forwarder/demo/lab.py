@@ -20,8 +20,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_interface
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,15 @@ class Host:
 
 @dataclass(frozen=True)
 class Node(Host):
-    """A host that runs our daemon, with its files in `directory`."""
+    """A host that runs our daemon, with its files in `directory`. `allotted` is filled in when the cluster
+    has given it its prefixes."""
 
     directory: Path
+    allotted: list[IPv4Network | IPv6Network] = field(default_factory=list, compare=False)
+
+    @property
+    def prefixes(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        return tuple(self.allotted) or super().prefixes
 
     @property
     def config_file(self) -> Path:
@@ -133,9 +139,11 @@ class Lab:
         encapsulation: str = "geneve",
         underlay: str = "ipv4",
         mtu: int = 1500,
+        source: str = "static",
         extra_config: str = "",
     ):
-        """`extra_config` is TOML put behind what every node's config file says."""
+        """`source` is "static", or "etcd" for nodes that find each other in one. `extra_config` is TOML put
+        behind what every node's config file says."""
         self.name = name
         self.directory = directory_of(name)
         self.nodes: list[Node] = []
@@ -143,6 +151,7 @@ class Lab:
         self._encapsulation = encapsulation
         self._underlay = underlay
         self._mtu = mtu
+        self._source = source
         self._extra_config = extra_config
         self._hosts = 0
         self._foreign: list[PeerRecord] = []
@@ -170,6 +179,12 @@ class Lab:
         with netlink(self.wire) as ip:
             ip.link("add", ifname="wire", kind="bridge", mtu=self._mtu, br_mcast_snooping=0)
             ip.link("set", index=link_index(ip, "wire"), state="up")
+        if self._source == "etcd":
+            self.etcd = Etcd(self.wire, self.directory / "etcd")
+            self._undo.callback(self.etcd.stop)
+            with deferred_interrupts():
+                self.etcd.start()
+            self.etcd.wait_ready()
         self._undo.callback(self._stop_daemons)
 
     def __exit__(self, *_: object) -> None:
@@ -224,24 +239,54 @@ class Lab:
         )
 
     def start(self) -> None:
-        """Start the daemon of every node, and return when all of them answer."""
-        for node in self.nodes:
-            peers = [self.record(other) for other in self.nodes if other is not node] + self._foreign
-            node.config_file.write_text(f"{_config(node, self.record(node))}\n{self._extra_config}")
-            node.peers_file.write_text(_peers(peers))
-            with deferred_interrupts(), node.log_file.open("wb") as log:
-                daemon = popen(
-                    node.namespace,
-                    [sys.executable, "-m", "forwarder", "up", "-c", str(node.config_file)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-                self._daemons[node.name] = daemon
-                node.pid_file.write_text(f"{daemon.pid}\n")
+        """Start the daemon of every node that has none, and return when all of them answer."""
+        new = [node for node in self.nodes if node.name not in self._daemons]
+        for node in new:
+            self.launch(node)
         deadline = time.monotonic() + START_SECONDS
-        for node in self.nodes:
-            self._wait_ready(node, deadline)
+        for node in new:
+            self.wait_ready(node, deadline)
+
+    def launch(self, node: Node) -> None:
+        """Start the node's daemon, which may take its time to answer."""
+        peers = [self.record(other) for other in self.nodes if other is not node] + self._foreign
+        config = _config(node, self.record(node), self.etcd.url if self._source == "etcd" else None)
+        node.config_file.write_text(f"{config}\n{self._extra_config}")
+        node.peers_file.write_text(_peers(peers))
+        with deferred_interrupts(), node.log_file.open("wb") as log:
+            daemon = popen(
+                node.namespace,
+                [sys.executable, "-m", "forwarder", "up", "-c", str(node.config_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            self._daemons[node.name] = daemon
+            node.pid_file.write_text(f"{daemon.pid}\n")
+
+    def kill(self, node: Node) -> None:
+        """End the node's daemon as a power cut does. The node and its pods leave the lab."""
+        daemon = self._daemons.pop(node.name)
+        daemon.kill()
+        daemon.wait()
+        self.nodes.remove(node)
+        self.pods = [pod for pod in self.pods if pod.node is not node]
+
+    def wait_ready(self, node: Node, deadline: float) -> float:
+        """When the daemon first answered, on the monotonic clock: it opens its control socket last."""
+        daemon = self._daemons[node.name]
+        while not _answers(node.control_socket):
+            if daemon.poll() is not None:
+                said = _last_lines(node.log_file)
+                raise LabError(f"the daemon on {node.name} ended with status {daemon.returncode}: {said}")
+            if time.monotonic() > deadline:
+                said = _last_lines(node.log_file)
+                raise LabError(f"the daemon on {node.name} was not ready in time: {said}")
+            time.sleep(0.01)
+        answered_at = time.monotonic()
+        if self._source == "etcd":
+            node.allotted[:] = map(ip_network, self.ask(node, "status")["prefixes"])
+        return answered_at
 
     def daemon(self, node: Node) -> subprocess.Popen[bytes]:
         return self._daemons[node.name]
@@ -329,18 +374,6 @@ class Lab:
                 )
             ip.link("set", index=index, state="up")
 
-    def _wait_ready(self, node: Node, deadline: float) -> None:
-        """The daemon is ready when it answers: it opens its control socket last."""
-        daemon = self._daemons[node.name]
-        while not _answers(node.control_socket):
-            if daemon.poll() is not None:
-                said = _last_lines(node.log_file)
-                raise LabError(f"the daemon on {node.name} ended with status {daemon.returncode}: {said}")
-            if time.monotonic() > deadline:
-                said = _last_lines(node.log_file)
-                raise LabError(f"the daemon on {node.name} was not ready in {START_SECONDS:.0f} s: {said}")
-            time.sleep(0.01)
-
     def _stop_daemons(self) -> None:
         for daemon in self._daemons.values():
             daemon.terminate()
@@ -351,6 +384,83 @@ class Lab:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+class Etcd:
+    """An etcd of one member on the wire, its files in a directory."""
+
+    LEASE_SECONDS = 3
+    HOLD_SECONDS = 9
+    """A dead node's prefix is withheld so long, of which up to a third may have passed when it died."""
+    PREFIXES = 64
+    """IPv4 prefixes in CLUSTER: enough for a demo's nodes, and few, so that they can run out."""
+
+    def __init__(self, namespace: Path, directory: Path) -> None:
+        self._namespace = namespace
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._address = str(UNDERLAY["ipv4"][-2])
+        self.url = f"http://{self._address}:2379"
+
+    def start(self) -> None:
+        """Start it, or start it again on what it had; `wait_ready` waits until it answers."""
+        for program in ("etcd", "etcdctl"):
+            if shutil.which(program) is None:
+                raise LabError(f"there is no {program}: install Debian's etcd-server and etcd-client")
+        with netlink(self._namespace) as ip:
+            ip.link("set", index=link_index(ip, "lo"), state="up")
+            wire = link_index(ip, "wire")
+            ip.addr("replace", index=wire, address=self._address, prefixlen=UNDERLAY["ipv4"].prefixlen)
+        self._directory.mkdir(exist_ok=True)
+        command = ["etcd", "--data-dir", str(self._directory / "data"), "--unsafe-no-fsync"]
+        command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
+        with (self._directory / "log").open("wb") as log:
+            self._process = popen(
+                self._namespace, command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        (self._directory / "pid").write_text(f"{self._process.pid}\n")
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while self._ctl("endpoint", "health")[0] != 0:
+            if time.monotonic() > deadline:
+                said = _last_lines(self._directory / "log")
+                raise LabError(f"etcd was not ready in {START_SECONDS:.0f} s: {said}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """As a power cut does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def claims(self) -> dict[IPv4Network | IPv6Network, str]:
+        """By prefix, the node that it is held for."""
+        lines = self.ctl("get", "--prefix", "/podloom/prefixes/").split("\n")
+        keys = (key.removeprefix("/podloom/prefixes/").replace("-", "/") for key in lines[:-1:2])
+        return {ip_network(key): owner for key, owner in zip(keys, lines[1::2], strict=True)}
+
+    def reserve(self, prefix: IPv4Network | IPv6Network) -> None:
+        """Nobody takes a prefix that somebody else holds."""
+        key = f"/podloom/prefixes/{str(prefix).replace('/', '-')}"
+        self.ctl("put", key, "nobody")
+
+    def ctl(self, *words: str) -> str:
+        """What `etcdctl WORDS` says."""
+        status, output, errors = self._ctl(*words)
+        if status != 0:
+            raise LabError(f"etcdctl {' '.join(words)} failed: {errors.decode().strip()}")
+        return output.decode()
+
+    def _ctl(self, *words: str) -> tuple[int, bytes, bytes]:
+        process = popen(
+            self._namespace,
+            ["etcdctl", "--endpoints", self.url, *words],
+            env={**os.environ, "ETCDCTL_API": "3"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        return _communicate(process, b"", START_SECONDS)
 
 
 def directory_of(name: str) -> Path:
@@ -471,20 +581,31 @@ def _last_lines(path: Path, count: int = 8) -> str:
     return "\n".join(lines) or "it wrote nothing"
 
 
-def _config(node: Node, own: PeerRecord) -> str:
+def _config(node: Node, own: PeerRecord, etcd_url: str | None) -> str:
+    node_table: dict[str, Any] = {
+        "id": own.id,
+        "router_mac": own.router_mac,
+        "endpoints": own.endpoints,
+        "state_dir": str(node.directory / "state"),
+        "run_dir": str(node.control_socket.parent),
+    }
+    if etcd_url is None:
+        node_table["prefixes"] = own.prefixes
+        discovery: dict[str, Any] = {"source": "static", "file": str(node.peers_file)}
+    else:
+        discovery = {
+            "source": "etcd",
+            "urls": [etcd_url],
+            "lease_seconds": Etcd.LEASE_SECONDS,
+            "hold_seconds": Etcd.HOLD_SECONDS,
+            "prefix_length_ipv4": CLUSTER[0].prefixlen + (Etcd.PREFIXES - 1).bit_length(),
+        }
     return _toml(
         {
             "cluster": {"cidrs": [str(network) for network in CLUSTER], "vni": VNI},
-            "node": {
-                "id": own.id,
-                "router_mac": own.router_mac,
-                "endpoints": own.endpoints,
-                "prefixes": own.prefixes,
-                "state_dir": str(node.directory / "state"),
-                "run_dir": str(node.control_socket.parent),
-            },
+            "node": node_table,
             "tunnel": {"encapsulation": own.encapsulation},
-            "discovery": {"source": "static", "file": str(node.peers_file)},
+            "discovery": discovery,
         }
     )
 

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
             report.print_json({"ok": False, "error": str(error)})
         return 1
 
-    outcome = Outcome(arguments.nodes, arguments.encap, arguments.underlay)
+    outcome = Outcome(arguments.nodes, arguments.encap, arguments.underlay, arguments.source)
     began = time.monotonic()
     try:
         with _interruptible():
@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _demonstrate(outcome: Outcome, arguments: argparse.Namespace) -> None:
     name = f"demo-{os.getpid():x}"
     progress = report.Progress(quiet=arguments.json)
-    with Lab(name, encapsulation=arguments.encap, underlay=arguments.underlay) as lab:
+    options = {"encapsulation": arguments.encap, "underlay": arguments.underlay, "source": arguments.source}
+    with Lab(name, **options) as lab:
         try:
             for what, step in Checks(lab, outcome, progress.done).steps(arguments.pods):
                 with progress.step(what):

@@ -230,6 +230,7 @@ def test_no_tun_device_is_one_sentence(
         ("--pods", "-1"),
         ("--encap", "gre"),
         ("--underlay", "ipv5"),
+        ("--source", "gossip"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
