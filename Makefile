@@ -49,7 +49,8 @@ lock: $(VENV)/python  ## write requirements.lock anew from pyproject.toml's lowe
 
 clean:  ## remove what the build made
 	@rm -rf $(VENV) build *.egg-info bench-results
-	@find fastpath tests -name '*.so' -delete -o -name '*.c' -delete
+	@find fastpath tests -name '*.so' -delete
+	@find fastpath -name '*.c' -delete
 
 # apt-install NAMES: those that are missing, and a sentence where they cannot be installed.
 define apt-install

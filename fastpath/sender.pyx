@@ -21,7 +21,7 @@ from fastpath.linux cimport (
 )
 from fastpath.offload.plan cimport RUN_MAX_SEGMENTS, run_accepts, run_begin, run_extend
 from fastpath.offload.segment cimport segment_header, segment_payload
-from fastpath.offload.tunnel cimport tunnel_headers
+from fastpath.offload.tunnel cimport TUNNEL_INNER_BYTES, tunnel_headers
 from fastpath.wire.byteorder cimport load16
 from fastpath.wire.ethernet cimport ETHERNET_HEADER
 from fastpath.wire.ip cimport ECN_MASK
@@ -110,7 +110,7 @@ cdef class Sender:
         cdef ssize_t written
         if (self.v4.count if peer.family == AF_INET else self.v6.count) == 0:
             return DROP_UDP_ERROR
-        if self.uplink and cut.tcp:
+        if self.uplink and cut.tcp and cut.headers + cut.payload <= TUNNEL_INNER_BYTES:
             self.flush()
             written = self._write_uplink(key, ecn, cut)
             if written >= 0:
@@ -196,7 +196,7 @@ cdef class Sender:
             run = &outbox.runs[first]
             if (sent == -EIO or sent == -EINVAL) and run.count > 1:
                 # Either UDP_SEGMENT is refused on this route, or (before Linux 6.14) the path's MTU
-                # shrank. Only if the datagrams leave one by one was it the former.
+                # shrank. Only if datagrams of the run's size leave one by one was it the former.
                 if self._send_singly(first, fds[first]):
                     self.max_segments = 1
             else:
@@ -225,23 +225,26 @@ cdef class Sender:
         return sockets.fds[run.key >> KEY_SOCKET & 0xFF]
 
     cdef bint _send_singly(self, int i, int fd) noexcept nogil:
-        """Send run i's datagrams each as a message of its own, in order; whether any left."""
+        """Send run i's datagrams each as a message of its own, in order; whether one of the run's size
+        left, and not only a shorter last one."""
         cdef Outbox *outbox = self.outbox
         cdef Run *run = &outbox.runs[i]
         cdef Peer *peer = &self.peers.slots[run.key >> KEY_SLOT]
         cdef int count = datagram_pieces(run.key)
         cdef iovec *pieces
         cdef bint any_left = False
+        cdef size_t length
         cdef int k, sent
         for k in range(run.count):
             pieces = &outbox.pieces[outbox.first_piece[i] + k * count]
             send_describe(
                 &outbox.batch, i, &peer.endpoint, peer.endpoint_length, pieces, count, 0, run.key & ECN_MASK
             )
+            length = pieces[0].iov_len + (pieces[1].iov_len if count == 2 else 0)
             sent = send_batch(fd, &outbox.batch, i, 1)
             if sent > 0:
-                any_left = True
-                self._count(run.key, 1, pieces[0].iov_len + (pieces[1].iov_len if count == 2 else 0))
+                any_left = any_left or length == run.size
+                self._count(run.key, 1, length)
             else:
                 count_drop(self.counters, send_drop(sent), 1)
         return any_left

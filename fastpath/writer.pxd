@@ -24,7 +24,7 @@ cdef class Writer:
     cdef int put_superframe(self, const Frame *info, uint16_t slot, uint32_t mtu) noexcept nogil
     cdef void flush(self) noexcept nogil
     cdef void _write_chain(self, Chain *chain) noexcept nogil
-    cdef void _write_singly(self, Chain *chain) noexcept nogil
+    cdef bint _write_singly(self, Chain *chain) noexcept nogil
     cdef ssize_t _write(self, Chain *chain, int pieces, const VnetHeader *offload) noexcept nogil
     cdef void _count(
         self, const Chain *chain, int packets, uint64_t packet_bytes, ssize_t written

@@ -92,29 +92,34 @@ cdef class Writer:
         offload = chain_finish(chain)
         written = self._write(chain, chain.packets, &offload)
         if written == -EINVAL:
-            # This kernel takes no such superframe: its packets go one by one, and later ones are
-            # not merged.
-            if chain.first.protocol == PROTOCOL_UDP:
-                self.chains.udp = False
-            else:
-                self.chains.tcp = False
+            # If its packets are taken one by one, this kernel takes no such superframe: later ones
+            # are not merged.
             chain_restore(chain)
-            self._write_singly(chain)
+            if self._write_singly(chain):
+                if chain.first.protocol == PROTOCOL_UDP:
+                    self.chains.udp = False
+                else:
+                    self.chains.tcp = False
             return
         packet_bytes = <uint64_t> chain.packets * chain.headers + chain.payload
         self._count(chain, chain.packets, packet_bytes, written)
 
-    cdef void _write_singly(self, Chain *chain) noexcept nogil:
-        """Write each packet of a restored chain whole."""
+    cdef bint _write_singly(self, Chain *chain) noexcept nogil:
+        """Write each packet of a restored chain whole; whether any was taken."""
         cdef VnetHeader offload
         cdef Frame info
+        cdef ssize_t written
+        cdef bint any_taken = False
         cdef int k
         for k in range(1, chain.packets + 1):
             info = chain_packet(chain, k)
             offload = packet_offload(&info, checksum_is_partial(&info))
             chain.pieces[1].iov_base = info.packet
             chain.pieces[1].iov_len = info.packet_length
-            self._count(chain, 1, info.packet_length, self._write(chain, 1, &offload))
+            written = self._write(chain, 1, &offload)
+            any_taken = any_taken or written >= 0
+            self._count(chain, 1, info.packet_length, written)
+        return any_taken
 
     cdef ssize_t _write(self, Chain *chain, int pieces, const VnetHeader *offload) noexcept nogil:
         """Write the chain's first pieces behind one virtio and Ethernet header; bytes or -errno."""

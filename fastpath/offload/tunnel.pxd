@@ -50,6 +50,7 @@ from fastpath.wire.ip cimport (
 cdef enum:
     TUNNEL_VNET_HEADER = 24
     TUNNEL_HEADERS = TUNNEL_VNET_HEADER + 14 + 40 + 8 + 8  # the most that lies before the inner frame
+    TUNNEL_INNER_BYTES = 65535 - 20 - 8 - 8  # of inner frame: the outer lengths have 16 bits
     OUTER_TTL = 64
     OUTER_TRANSPORT = 20     # where in the virtio header outer_th_offset lies
     INNER_NETWORK = 22       # and inner_nh_offset

@@ -85,4 +85,5 @@ def test_git_holds_no_build_output() -> None:
         pytest.skip("not a git checkout: the list of files is NOT tested in this run")
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT)
     generated = {".c", ".cpp", ".html", ".so", ".o", ".pyc"}
-    assert [name for name in listed.stdout.splitlines() if Path(name).suffix in generated] == []
+    by_hand = {"tests/pipeline/refusals.c"}
+    assert {name for name in listed.stdout.splitlines() if Path(name).suffix in generated} == by_hand
