@@ -12,7 +12,7 @@ from cni.store import FILE_NAME
 from tests.cni.load import both, storm
 from tests.cni.runtime import debian_plugins
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize(
