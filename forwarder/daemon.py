@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,7 +26,7 @@ import uvloop
 
 from cni.service import CniService, NodeNetwork, read_records
 from cni.store import StoreError
-from forwarder import links
+from forwarder import links, paths
 from forwarder.addresses import Address, Network, format_mac, gateway_of
 from forwarder.config import SECTIONS, Config, DiscoveryConfig, load
 from forwarder.control.messages import Request
@@ -34,6 +34,7 @@ from forwarder.control.server import ControlServer, VerbError
 from forwarder.dataplane import MAX_SLOTS, DataPlane, DataPlaneError, Settings
 from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Source, Trouble, Upsert, stored
 from forwarder.discovery.etcd import EtcdSource
+from forwarder.discovery.kubernetes import KubernetesSource
 from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
 from forwarder.links import LinkError
@@ -43,15 +44,23 @@ from forwarder.names.service import NamesError, NameService
 from forwarder.names.settings import Settings as NamesSettings
 from forwarder.node import IdentityError, gateway_mac, identify
 from forwarder.offloads import ABOUT
-from forwarder.peers import OVERHEAD_BYTES, PeerPath, PeerRecord, check, diff, tables_for
-from forwarder.reconcile import Wiring
+from forwarder.paths import MIN_IPV6_MTU_BYTES, Measured, Prober
+from forwarder.peers import (
+    OPTION_BYTES,
+    OVERHEAD_BYTES,
+    PeerPath,
+    PeerRecord,
+    Tables,
+    check,
+    diff,
+    tables_for,
+)
+from forwarder.reconcile import Wiring, wanted
 from forwarder.registry import Delta, Registry
 from forwarder.uplink import UplinkError, open_uplink
 from forwarder.version import podloom_version
 
 log = logging.getLogger("podloom")
-
-MIN_IPV6_MTU_BYTES: Final = 1280  # RFC 8200 section 5
 
 MAX_DATAGRAM_BYTES: Final = 65507
 """The largest UDP payload over IPv4, which bounds a run of datagrams too (UDP_SEGMENT)."""
@@ -172,6 +181,7 @@ class Daemon:
         self._slots: dict[str, int] = {}
         self._paths: dict[int, PeerPath] = {}
         self._records: dict[str, PeerRecord] = {}
+        self._short_paths: dict[str, int] = {}
         self._discovery = DiscoveryState()
         self._refusals: tuple[str, ...] = ()
         self._unsaved = asyncio.Event()
@@ -208,6 +218,10 @@ class Daemon:
             saver = asyncio.create_task(self._save_changes())
             stack.callback(saver.cancel)
             self._dataplane.start()
+            self._routes = self._cluster_routes = wanted(wiring).routes
+            watcher = asyncio.create_task(self._watch_paths())
+            watcher.add_done_callback(self._follower_ended)
+            stack.callback(watcher.cancel)
             self._cni = CniService(node_network(self._config, self._wiring), self._config.node.state_dir)
             stack.callback(self._cni.close)
             self._workers = ThreadPoolExecutor(CNI_WORKERS, thread_name_prefix="cni")
@@ -358,17 +372,13 @@ class Daemon:
             return
         old = [self._records[node_id] for node_id in delta if node_id in self._records]
         new = [record for record in delta.values() if record is not None]
-        before = tables_for(old, previous=self._slots, mtu_bytes=self._mtus, max_slots=MAX_SLOTS)
+        before = self._tables_for(old)
         for node_id, record in delta.items():
             if record is None:
                 self._slots.pop(node_id, None)
-        after = tables_for(
-            new,
-            previous=self._slots,
-            mtu_bytes=self._mtus,
-            max_slots=MAX_SLOTS,
-            reserved=self._slots.values(),
-        )
+            if record is None or record.endpoints != self._records.get(node_id, record).endpoints:
+                self._short_paths.pop(node_id, None)
+        after = self._tables_for(new)
         changes = diff(before, after)
         self._dataplane.apply(changes)
         for slot in before.paths:
@@ -381,6 +391,73 @@ class Daemon:
         self._records.update((record.id, record) for record in new)
         self._unsaved.set()
         log.info("%d peers (%d before), %d changes", len(self._records), count, len(changes))
+
+    def _tables_for(self, records: Iterable[PeerRecord]) -> Tables:
+        return tables_for(
+            records,
+            previous=self._slots,
+            mtu_bytes=self._mtus,
+            max_slots=MAX_SLOTS,
+            reserved=self._slots.values(),
+            short_paths=self._short_paths,
+            features=self._config.tunnel.features,
+        )
+
+    # Path MTUs
+
+    async def _watch_paths(self) -> None:
+        fault: str | None = None
+        options = OPTION_BYTES if self._config.tunnel.remote_checksum else 0
+        device_mtus = {
+            version: mtu + OVERHEAD_BYTES[version] + options for version, mtu in self._mtus.items()
+        }
+        with Prober(self._config.node.endpoints) as prober:
+            while True:
+                for node_ids, pause in paths.slices(list(self._records)):
+                    self._measure_paths(prober, node_ids, device_mtus)
+                    try:
+                        await self._route_short_paths()
+                        fault = None
+                    except LinkError as error:
+                        if str(error) != fault:
+                            fault = str(error)
+                            log.error("pods are not told what their paths carry: %s", fault)
+                    await asyncio.sleep(pause)
+
+    def _measure_paths(self, prober: Prober, node_ids: Iterable[str], device_mtus: Mapping[int, int]) -> None:
+        """Ask for these peers' path MTUs, and have them sent no more than that."""
+        measured = {}
+        for node_id in node_ids:
+            if node_id in self._records:  # It may have gone since the round began.
+                path = self._path_of(self._records[node_id])
+                measured[node_id] = Measured(path.endpoint.version, prober.ask(path.endpoint, path.port))
+        changed = paths.learn(measured, self._short_paths, device_mtus)
+        if not changed:
+            return
+        records = [self._records[node_id] for node_id in changed]
+        before = self._tables_for(records)
+        for node_id, path_mtu_bytes in changed.items():
+            if path_mtu_bytes is None:
+                del self._short_paths[node_id]
+            else:
+                self._short_paths[node_id] = path_mtu_bytes
+        after = self._tables_for(records)
+        self._dataplane.apply(diff(before, after))
+        self._paths.update(after.paths)
+        for sentence in paths.news(changed, [(record, self._path_of(record)) for record in records]):
+            log.warning("%s", sentence)
+
+    async def _route_short_paths(self) -> None:
+        """Bring the kernel's routes to what the paths carry: by them it tells pods."""
+        records = (self._records[node_id] for node_id in self._short_paths)
+        short = ((record, self._path_of(record)) for record in records)
+        routes = paths.routes(self._cluster_routes, paths.prefix_mtus(short, self._wiring.mtu_bytes))
+        if routes != self._routes:
+            await asyncio.to_thread(links.change_routes, paths.changes(self._routes, routes))
+            self._routes = routes
+
+    def _path_of(self, record: PeerRecord) -> PeerPath:
+        return self._paths[self._slots[record.id]]
 
     # The peers on disk
 
@@ -581,6 +658,7 @@ class Daemon:
             "port": path.port,
             "vni": path.vni,
             "mtu": path.mtu_bytes,
+            "path_mtu": self._short_paths.get(record.id),
             "router_mac": format_mac(path.router_mac),
             "prefixes": [str(prefix) for prefix in record.prefixes],
             "counters": dict(self._dataplane.peer_counters(slot)),
@@ -593,6 +671,8 @@ def make_source(config: Config, stored_prefixes: tuple[Network, ...] = ()) -> So
     match config.discovery.source:
         case "etcd":
             return EtcdSource(config, stored_prefixes)
+        case "kubernetes":
+            return KubernetesSource(config, stored_prefixes)
         case _:
             return StaticSource(config)
 
@@ -616,6 +696,7 @@ def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:
     mtus: dict[int, int] = {
         endpoint.version: (config.tunnel.underlay_mtu_bytes or links.underlay_mtu_bytes(endpoint))
         - OVERHEAD_BYTES[endpoint.version]
+        - (OPTION_BYTES if config.tunnel.remote_checksum else 0)
         for endpoint in config.node.endpoints
     }
     wiring = Wiring(
@@ -670,7 +751,7 @@ def node_network(config: Config, wiring: Wiring) -> NodeNetwork:
         gateways=tuple(gateway_of(prefix) for prefix in wiring.usable_prefixes),
         cluster_cidrs=wiring.cluster_cidrs,
         # One superframe of a pod is then one send: more segments would not fit into one datagram.
-        gso_max_segs=MAX_DATAGRAM_BYTES // (wiring.mtu_bytes + INNER_HEADER_BYTES),
+        gso_max_segs=MAX_DATAGRAM_BYTES // (wiring.mtu_bytes + INNER_HEADER_BYTES + OPTION_BYTES),
     )
 
 

@@ -12,7 +12,7 @@ class Backoff:
     the same server do not come back in step."""
 
     first: float = 0.2
-    most: float = 10.0
+    most: float = 3.0
     chance: random.Random = field(default_factory=random.Random)
     _ceiling: float = 0.0
 

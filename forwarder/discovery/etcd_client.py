@@ -174,7 +174,7 @@ class EtcdClient:
         # Without a leader nothing changes that the member would know of: better another member.
         headers = {"Grpc-Metadata-hasleader": "true"}
         limits = deadlines(None, silence_seconds)
-        url = self._url()
+        url, heard = self._url(), False
         try:
             async with (
                 await self._post(url, "watch", {"create_request": create}, limits, headers) as response,
@@ -182,8 +182,11 @@ class EtcdClient:
             ):
                 async for line in lines:
                     yield _progress(line, revision)
+                    heard = True
         except aiohttp.SocketTimeoutError:
-            return
+            if not heard:
+                self._turn_from(url)
+                raise EtcdError(f"{url}: no answer in time") from None
         except (aiohttp.ClientError, TimeoutError, OSError, HttpError, _AnswerError) as error:
             self._turn_from(url)
             raise EtcdError(f"{url}: {_reason(error)}") from None
