@@ -24,6 +24,9 @@ from forwarder.names.settings import MAX_LINE_BYTES, Settings
 START_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 2.0
 ASK_SECONDS: Final = 5.0
+WATCH_SECONDS: Final = 10.0
+"""How often the resolver is asked whether it still answers."""
+
 FIRST_PAUSE_SECONDS: Final = 0.5
 LONGEST_PAUSE_SECONDS: Final = 30.0
 SOUND_SECONDS: Final = 60.0
@@ -52,6 +55,7 @@ class NameService:
         self._sources: dict[str, dict[Key, Record]] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.StreamReader | None = None
+        self._process: asyncio.subprocess.Process | None = None
         self._connected = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._asking = asyncio.Lock()
@@ -106,8 +110,10 @@ class NameService:
                     line = await self._reader.readline()
                 answer: dict[str, Any] = json.loads(line)["answer"]
             except (OSError, ValueError):
-                # A late answer would be taken for the next question's.
-                self._writer.close()
+                # One that is stuck does not see its connection close, and a late answer would be taken for
+                # the next question's.
+                if self._process is not None and self._process.returncode is None:
+                    self._process.kill()
                 raise NamesError("the resolver did not answer; it is started again") from None
             return answer
 
@@ -177,16 +183,25 @@ class NameService:
             raise
         try:
             writer.write(json.dumps(asdict(self._settings)).encode() + b"\n")
-            self._reader, self._writer = reader, writer
+            self._process, self._reader, self._writer = process, reader, writer
             for source, known in self._sources.items():
                 self._tell(source, Replace(tuple(known.values())))
             writer.write(json.dumps({"serve": True}).encode() + b"\n")
             self._connected.set()
-            return await process.wait()
+            return await self._watch(process)
         finally:
-            self._reader = self._writer = None
+            self._process = self._reader = self._writer = None
             writer.close()
             await _end(process)
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> int:
+        """The status it ends with; one that is stuck is ended."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_SECONDS):
+                    return await process.wait()
+            with suppress(NamesError):
+                await self.ask("localhost")
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
