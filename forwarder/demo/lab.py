@@ -247,10 +247,11 @@ class Lab:
         for node in new:
             self.wait_ready(node, deadline)
 
-    def launch(self, node: Node) -> None:
-        """Start the node's daemon, which may take its time to answer."""
+    def launch(self, node: Node, config: str | None = None) -> None:
+        """Start the node's daemon, which may take its time to answer. `config` is TOML to use instead of what
+        the lab would write."""
         peers = [self.record(other) for other in self.nodes if other is not node] + self._foreign
-        config = _config(node, self.record(node), self.etcd.url if self._source == "etcd" else None)
+        config = config or _config(node, self.record(node), self.etcd.url if self._source == "etcd" else None)
         node.config_file.write_text(f"{config}\n{self._extra_config}")
         node.peers_file.write_text(_peers(peers))
         with deferred_interrupts(), node.log_file.open("wb") as log:
