@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
@@ -65,6 +65,7 @@ NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
 NTF_MASTER, NTF_STICKY = 0x04, 0x40
 IFA_F_NODAD = 0x02
 RTNH_F_ONLINK = 0x04
+RTAX_MTU = 2
 RT_TABLE_MAIN = 254
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 TUNSETTXFILTER = 0x400454D1  # linux/if_tun.h; takes a struct tun_filter: flags, count, MACs
@@ -204,16 +205,15 @@ def ensure(wiring: Wiring) -> list[Operation]:
             operations = reconcile(target, read(netlink, wiring))
             if not operations:
                 return done
-            for operation in operations:
-                try:
-                    _perform(netlink, operation)
-                except NetlinkError as error:
-                    if not (isinstance(operation, Removal) and error.code in GONE):
-                        raise LinkError(f"cannot {operation}: {os.strerror(error.code)}") from error
-                except OSError as error:  # A sysctl of a host or container that lets nobody write it.
-                    raise LinkError(f"cannot {operation}: {error.strerror}; set it on the host") from error
+            _perform_all(netlink, operations)
             done += operations
     raise LinkError(f"the kernel does not keep what is set, something undoes it: {done[-1]}")
+
+
+def change_routes(operations: Iterable[PutRoute | RemoveRoute]) -> None:
+    """Perform these without reading first."""
+    with _netlink() as netlink:
+        _perform_all(netlink, operations)
 
 
 def remove(wiring: Wiring) -> None:
@@ -335,6 +335,7 @@ def _routes(netlink: Any, names: dict[int, str]) -> Iterator[Route]:
     for version, family in FAMILY.items():
         for message in netlink.get_routes(family=family, table=RT_TABLE_MAIN):
             gateway, source = message.get("RTA_GATEWAY"), message.get("RTA_PREFSRC")
+            metrics = message.get("RTA_METRICS")
             destination = message.get("RTA_DST") or ("0.0.0.0" if version == 4 else "::")
             yield Route(
                 destination=ip_network((destination, message["dst_len"])),
@@ -343,6 +344,7 @@ def _routes(netlink: Any, names: dict[int, str]) -> Iterator[Route]:
                 source=ip_address(source) if source else None,
                 onlink=bool(message["flags"] & RTNH_F_ONLINK),
                 protocol=message["proto"],
+                mtu_bytes=(metrics.get("RTAX_MTU") if metrics else None) or None,
             )
 
 
@@ -352,6 +354,17 @@ def _sysctls(target: KernelState) -> Iterator[tuple[str, str]]:
             yield path, (SYSCTL_ROOT / path).read_text().strip()
         except OSError:
             continue  # Of a link that is not there yet, or of a kernel that lacks it: writing will tell.
+
+
+def _perform_all(netlink: Any, operations: Iterable[Operation]) -> None:
+    for operation in operations:
+        try:
+            _perform(netlink, operation)
+        except NetlinkError as error:
+            if not (isinstance(operation, Removal) and error.code in GONE):
+                raise LinkError(f"cannot {operation}: {os.strerror(error.code)}") from error
+        except OSError as error:  # A sysctl of a host or container that lets nobody write it.
+            raise LinkError(f"cannot {operation}: {error.strerror}; set it on the host") from error
 
 
 def _perform(netlink: Any, operation: Operation) -> None:
@@ -387,7 +400,7 @@ def _perform(netlink: Any, operation: Operation) -> None:
         case RemoveRoute(route):
             netlink.route("del", **(_route(netlink, route) | {"scope": RT_SCOPE_NOWHERE}))
         case PutRoute(route):
-            netlink.route("replace", **_route(netlink, route))
+            netlink.route("replace", **_route(netlink, route), **_metrics(route))
 
 
 def _set_link(netlink: Any, name: str, link: Link, current: Link | None) -> None:
@@ -426,3 +439,14 @@ def _route(netlink: Any, route: Route) -> dict[str, Any]:
     if route.source is not None:
         request["prefsrc"] = str(route.source)
     return request
+
+
+def _metrics(route: Route) -> dict[str, Any]:
+    """A removal may not name them: IPv4 routes would have to match."""
+    if route.mtu_bytes is None:
+        return {}
+    metrics = {"mtu": route.mtu_bytes}
+    if route.destination.version == 6:
+        # Only a locked MTU holds for what is forwarded (ip6_dst_mtu_maybe_forward, net/ip6_route.h).
+        metrics["lock"] = 1 << RTAX_MTU
+    return {"metrics": metrics}

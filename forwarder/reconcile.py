@@ -42,7 +42,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A unicast route of the main table."""
+    """A unicast route of the main table. `mtu_bytes` is None where the link's counts."""
 
     destination: Network
     link: str | None
@@ -50,6 +50,7 @@ class Route:
     source: Address | None
     onlink: bool
     protocol: int
+    mtu_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,10 @@ def _status(status: dict[str, Any]) -> list[Any]:
 def _peers(peers: list[dict[str, Any]]) -> list[Any]:
     if not peers:
         return ["no peers"]
-    table = Table("peer", "endpoint", "by", "prefixes", "encap", "bytes", "decap", "bytes", box=None)
+    any_short = any(peer["path_mtu"] is not None for peer in peers)
+    path_mtu = ["path MTU"] if any_short else []
+    headings = ("peer", "endpoint", "by", "prefixes", *path_mtu, "encap", "bytes", "decap", "bytes")
+    table = Table(*headings, box=None)
     for column in table.columns[4:]:
         column.justify = "right"
     for peer in peers:
@@ -69,6 +72,7 @@ def _peers(peers: list[dict[str, Any]]) -> list[Any]:
             peer["endpoint"],
             f"{peer['encapsulation']} {peer['port']}",
             "\n".join(peer["prefixes"]),
+            *([_optional(peer["path_mtu"])] if any_short else []),
             *(
                 _count(counted[name])
                 for name in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")
@@ -105,6 +109,10 @@ def _names(names: dict[str, Any]) -> list[Any]:
 
 def _count(number: int) -> str:
     return f"{number:,}"
+
+
+def _optional(number: int | None) -> str:
+    return "" if number is None else str(number)
 
 
 def _age(seconds: float | None) -> str:

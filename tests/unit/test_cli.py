@@ -172,6 +172,7 @@ def test_a_long_peer_list_is_not_folded_in_a_pipe(capsys: pytest.CaptureFixture[
         "encapsulation": "geneve",
         "port": 6081,
         "prefixes": ["fd42:1234:5678:9abc::/64"],
+        "path_mtu": None,
         "counters": dict.fromkeys(
             ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes"), 123456789012
         ),

@@ -1,0 +1,224 @@
+"""A path that shrinks under running traffic: pods are told, TCP goes on, and it ends when the path grows."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cni.netns import call_in
+from tests.netns.nodes import Node, until
+from tests.netns_tools import Namespace, run
+
+pytestmark = pytest.mark.root
+
+SHORT = 1400
+"""What the path carries when it is short, outer IP header included."""
+
+UNDERLAY = {4: "192.0.{}.{}", 6: "2001:db8:{}::{}"}
+INSIDE = {4: "10.42.{}.{}", 6: "fd42:0:0:{}::{}"}
+BITS = {4: 32, 6: 128}
+OVERHEAD = {4: 50, 6: 70}
+
+CHUNK_BYTES = 1 << 16
+CHUNK_SECONDS = 0.005
+STEP_BYTES = 2 << 20
+"""Enough to come through that the transfer surely goes on: more than the sockets' buffers hold."""
+
+
+@dataclass
+class Network:
+    """Two nodes on networks of their own, a router between, and a pod behind each node."""
+
+    nodes: tuple[Node, Node]
+    pods: tuple[Namespace, Namespace]
+    router: Namespace
+
+    def start(self, underlay: int, **offload: Any) -> None:
+        for node, other in (self.nodes, self.nodes[::-1]):
+            node.tables["node"]["endpoints"] = [UNDERLAY[underlay].format(node.number, node.number)]
+            other.tables["node"]["endpoints"] = [UNDERLAY[underlay].format(other.number, other.number)]
+            node.tables["offload"] = offload
+            node.write_peers(other.record())
+        for node, pod in zip(self.nodes, self.pods, strict=True):
+            node.start()
+            plug(node, pod)
+
+    def set_mtu(self, place: str, mtu_bytes: int) -> None:
+        """Change what the path from the first node to the second carries. The far ends are changed, too,
+        so that the way back is what it was."""
+        one, _ = self.nodes
+        namespace, device = {"router": (self.router, "wire2"), "device": (one.namespace, "eth0")}[place]
+        namespace.ip("link", "set", device, "mtu", str(mtu_bytes))
+
+
+def wire(node: Node, router: Namespace) -> None:
+    """The node's own network, on which the router is host 254."""
+    here = ["eth0", "netns", node.namespace.name]
+    there = [f"wire{node.number}", "netns", router.name]
+    run(["ip", "link", "add", *here, "type", "veth", "peer", "name", *there])
+    node.namespace.ip("link", "set", "eth0", "up")
+    router.ip("link", "set", f"wire{node.number}", "up")
+    for version, bits in ((4, 24), (6, 64)):
+        address, gateway = (UNDERLAY[version].format(node.number, host) for host in (node.number, 254))
+        dad = ["nodad"] if version == 6 else []
+        node.namespace.ip("addr", "add", f"{address}/{bits}", "dev", "eth0", *dad)
+        router.ip("addr", "add", f"{gateway}/{bits}", "dev", f"wire{node.number}", *dad)
+        node.namespace.ip("route", "add", "default", "via", gateway)
+
+
+def plug(node: Node, pod: Namespace) -> None:
+    """Pod 10 of the node, wired as the CNI plugin does: routed, on an isolated port."""
+    mtu = str(node.ask("status")["mtu"])
+    port = ["pod10", "netns", node.namespace.name, "mtu", mtu]
+    run(["ip", "link", "add", *port, "type", "veth", "peer", "name", "eth0", "netns", pod.name, "mtu", mtu])
+    node.namespace.ip("link", "set", "pod10", "master", "loom0", "up")
+    run(["bridge", "-n", node.namespace.name, "link", "set", "dev", "pod10", "isolated", "on"])
+    pod.ip("link", "set", "eth0", "up")
+    pod.set_sysctl("net/ipv6/conf/eth0/accept_redirects", "0")
+    for version, bits in BITS.items():
+        address, gateway = (INSIDE[version].format(node.number, host) for host in (10, 1))
+        pod.ip("addr", "add", f"{address}/{bits}", "dev", "eth0", *(["nodad"] if version == 6 else []))
+        pod.ip("route", "add", gateway, "dev", "eth0")
+        pod.ip("route", "add", "default", "via", gateway, "dev", "eth0")
+
+
+@pytest.fixture
+def network(tun: None, netns: Callable[[], Namespace], tmp_path: Path) -> Iterator[Network]:
+    with ExitStack() as undo:
+        nodes = Node(1, netns(), tmp_path / "n1"), Node(2, netns(), tmp_path / "n2")
+        network = Network(nodes, (netns(), netns()), netns())
+        for name in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
+            network.router.set_sysctl(name, "1")
+        for node in nodes:
+            undo.callback(node.clean_up)
+            wire(node, network.router)
+        yield network
+
+
+class Transfer:
+    """Bytes from one pod to another over TCP, some MB/s, until the end of the `with`; then whether what
+    arrived is what was sent."""
+
+    def __init__(self, network: Network, inside: int) -> None:
+        self.arrived = 0
+        self._network, self._inside = network, inside
+        self._ending = threading.Event()
+        self._sent, self._received = sha256(), sha256()
+
+    def __enter__(self) -> Transfer:
+        one, two = self._network.pods
+        address = (INSIDE[self._inside].format(2, 10), 5001)
+        family = socket.AF_INET if self._inside == 4 else socket.AF_INET6
+        with in_namespace(two, socket.create_server, address, family=family) as server:
+            self._sender = in_namespace(one, socket.create_connection, address, 5.0)
+            self._receiver, _ = server.accept()
+        self._sender.settimeout(None)
+        self._threads = [threading.Thread(target=work) for work in (self._send, self._receive)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._ending.set()
+        if failure[0] is not None:
+            self._sender.shutdown(socket.SHUT_RDWR)
+            self._receiver.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(20)
+        self._sender.close()
+        self._receiver.close()
+        if failure[0] is None:
+            assert self._received.digest() == self._sent.digest()
+
+    def _send(self) -> None:
+        try:
+            while not self._ending.wait(CHUNK_SECONDS):
+                chunk = os.urandom(CHUNK_BYTES)
+                self._sent.update(chunk)
+                self._sender.sendall(chunk)
+            self._sender.shutdown(socket.SHUT_WR)
+        except OSError:
+            return  # The test has failed already and closed it.
+
+    def _receive(self) -> None:
+        while data := self._receiver.recv(CHUNK_BYTES):
+            self._received.update(data)
+            self.arrived += len(data)
+
+    def goes_on(self) -> None:
+        before = self.arrived
+        until(lambda: self.arrived > before + STEP_BYTES, "the transfer", 15)
+
+
+def in_namespace(
+    namespace: Namespace, function: Callable[..., socket.socket], *args: Any, **kwargs: Any
+) -> Any:
+    with namespace.path.open() as netns:
+        return call_in(netns.fileno(), function, *args, **kwargs)
+
+
+def pod_mtu(network: Network, inside: int) -> int | None:
+    """What the first pod was told of the way to the second."""
+    return told_mtu(network.pods[0], INSIDE[inside].format(2, 10))
+
+
+def told_mtu(namespace: Namespace, destination: str) -> int | None:
+    (route,) = namespace.ip_json("route", "get", destination)
+    mtu_bytes: int | None = (route.get("metrics") or [{}])[0].get("mtu")
+    return mtu_bytes
+
+
+def path_mtu(node: Node) -> int | None:
+    (peer,) = node.ask("peers")
+    mtu_bytes: int | None = peer["path_mtu"]
+    return mtu_bytes
+
+
+def path_routes(node: Node) -> dict[str, int]:
+    """MTU by destination of our routes that have one."""
+    shown = [
+        *node.namespace.ip_json("route", "show", "proto", "71"),
+        *node.namespace.ip_json("-6", "route", "show", "proto", "71"),
+    ]
+    return {route["dst"]: route["metrics"][0]["mtu"] for route in shown if route.get("metrics")}
+
+
+def forget_learned(node: Node, underlay: int) -> None:
+    """As time does: what the kernel learned of paths expires after minutes."""
+    node.namespace.ip(f"-{underlay}", "route", "flush", "cache")
+
+
+@pytest.mark.parametrize("uplink", ["off", "on"])
+@pytest.mark.parametrize("inside", [4, 6], ids=["IPv4 inside", "IPv6 inside"])
+@pytest.mark.parametrize("underlay", [4, 6], ids=["IPv4 wire", "IPv6 wire"])
+@pytest.mark.parametrize("place", ["router", "device"])
+def test_tcp_goes_on_over_a_path_that_shrinks(
+    network: Network, place: str, underlay: int, inside: int, uplink: str
+) -> None:
+    network.start(underlay, uplink=uplink)
+    one, _ = network.nodes
+    prefixes = one.ask("peers")[0]["prefixes"]
+    with Transfer(network, inside) as transfer:
+        transfer.goes_on()
+        assert (path_mtu(one), path_routes(one), pod_mtu(network, inside)) == (None, {}, None)
+        network.set_mtu(place, SHORT)
+        until(lambda: path_mtu(one) == SHORT, "the path MTU")
+        until(lambda: pod_mtu(network, inside) == SHORT - OVERHEAD[underlay], "ICMP to the pod")
+        assert path_routes(one) == dict.fromkeys(prefixes, SHORT - OVERHEAD[underlay])
+        transfer.goes_on()
+        assert str(SHORT) in one.run("peers").stdout
+
+        network.set_mtu(place, 1500)
+        forget_learned(one, underlay)
+        until(lambda: path_mtu(one) is None, "the path MTU's growth")
+        until(lambda: path_routes(one) == {}, "the routes' end")
+        transfer.goes_on()
