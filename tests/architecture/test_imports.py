@@ -75,6 +75,7 @@ PURE: dict[str, set[str]] = {
     "forwarder.reconcile": set(),
     "forwarder.control.messages": set(),
     "forwarder.names.cache": set(),
+    "forwarder.names.kubernetes": set(),
     "forwarder.names.limits": set(),
     "forwarder.names.options": set(),
     "forwarder.names.pods": set(),

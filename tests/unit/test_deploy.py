@@ -68,7 +68,7 @@ def test_what_there_is_and_how_it_belongs_together() -> None:
 
 
 def test_the_rights_are_those_of_the_kubernetes_source_and_no_others() -> None:
-    """It reads Nodes, annotates its own and clears a condition of its own."""
+    """It reads Nodes, and merges annotations and a condition into its own by way of its status."""
     rights = {
         (group, resource, verb)
         for rule in only("ClusterRole")["rules"]
@@ -77,7 +77,7 @@ def test_the_rights_are_those_of_the_kubernetes_source_and_no_others() -> None:
         for verb in rule["verbs"]
     }
     assert rights == {
-        *(("", "nodes", verb) for verb in ("get", "list", "watch", "patch")),
+        *(("", "nodes", verb) for verb in ("get", "list", "watch")),
         ("", "nodes/status", "patch"),
     }
 
