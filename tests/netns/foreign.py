@@ -38,7 +38,8 @@ def add_pod_behind(lab: Lab, host: Host, mtu: int) -> Station:
 
 def assert_they_talk(lab: Lab, node: Node, ours: Station, theirs: Station) -> None:
     """Ping, a hashed transfer and inner fragments, both ways, IPv4 and IPv6; and nothing was dropped."""
-    assert ping([(ours, theirs), (theirs, ours)]).lost == ()
+    lost = ping([(ours, theirs), (theirs, ours)]).lost
+    assert not lost, lost
     payload = os.urandom(8 << 20)
     for source, destination in ((ours, theirs), (theirs, ours)):
         for address in destination.ips:
