@@ -95,6 +95,10 @@ def _podloom(rung: str, encapsulation: str, name: str, kind: str) -> Iterator[Pa
         one, other = lab.add_node(), lab.add_node()
         wire.lay(kind, one, other)
         lab.start()
+        for node in (one, other):
+            uplink = lab.ask(node, "status")["offloads"]["uplink"]
+            if rung == "uplink" and not uplink["on"]:
+                raise LabError(f"no uplink on {node.name}: {uplink['reason']}")
         client, server = lab.add_pod(one, "a"), lab.add_pod(other, "b")
         pids = tuple(lab.daemon(node).pid for node in (one, other))
         address = next(address for address in server.ips if ":" not in address)
