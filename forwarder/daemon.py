@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -34,10 +35,12 @@ from forwarder.control.server import ControlServer, VerbError
 from forwarder.dataplane import MAX_SLOTS, DataPlane, DataPlaneError, Settings
 from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Source, Trouble, Upsert, stored
 from forwarder.discovery.etcd import EtcdSource
+from forwarder.discovery.kube_client import KubeClient, access_by
 from forwarder.discovery.kubernetes import KubernetesSource
 from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
 from forwarder.links import LinkError
+from forwarder.names.kube_services import KubeServices
 from forwarder.names.pods import pods_of
 from forwarder.names.records import Replace
 from forwarder.names.service import NamesError, NameService
@@ -210,6 +213,7 @@ class Daemon:
             stack.callback(self._dataplane.close)
             for operation in await asyncio.to_thread(links.ensure, wiring):
                 log.debug("%s", operation)
+            await self._open_uplink(stack)
             self._registry = Registry(self._config.local, capacity=MAX_SLOTS - 1)
             self._recall()
             stack.push_async_callback(self._save)
@@ -489,13 +493,21 @@ class Daemon:
     # Names
 
     async def _start_names(self, stack: AsyncExitStack) -> None:
-        self._names = NameService(names_settings(self._config, self._wiring))
+        names = self._names = NameService(names_settings(self._config, self._wiring))
         self._names.apply("static", Replace(self._config.services))
         await self._name_pods(self._names)
         stack.push_async_callback(self._names.close)
         await self._names.start()
         follower = asyncio.create_task(self._follow_pods(self._names))
+        follower.add_done_callback(log_failure)
         stack.callback(follower.cancel)
+        if self._config.discovery.source == "kubernetes":
+            client = KubeClient(access_by(self._config.discovery.kubeconfig))
+            stack.push_async_callback(client.close)
+            services = KubeServices(client, partial(names.apply, "kubernetes"))
+            following = asyncio.create_task(services.follow())
+            following.add_done_callback(log_failure)
+            stack.callback(following.cancel)
 
     async def _follow_pods(self, names: NameService) -> None:
         while True:
@@ -755,6 +767,12 @@ def node_network(config: Config, wiring: Wiring) -> NodeNetwork:
     )
 
 
+def log_failure(task: asyncio.Task[None]) -> None:
+    """What should not happen to names must not end the forwarding of packets."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("names are not followed any more: start podloom again", exc_info=error)
+
+
 def names_settings(config: Config, wiring: Wiring) -> NamesSettings:
     clients = (*wiring.usable_prefixes, *config.node.endpoints, "127.0.0.0/8", "::1")
     return NamesSettings(
@@ -763,6 +781,7 @@ def names_settings(config: Config, wiring: Wiring) -> NamesSettings:
         networks=tuple(map(str, config.cluster.cidrs)),
         clients=tuple(map(str, clients)),
         upstream=config.names.upstream,
+        expected=("kubernetes",) if config.discovery.source == "kubernetes" else (),
         queries_per_second=config.names.queries_per_second,
         cache_bytes=config.names.cache_bytes,
     )
