@@ -47,6 +47,7 @@ _POD_SYSCTLS = {
     "ipv6.accept_dad": 0,
 }
 # A bridge port needs no addresses of its own, and must not get any from what a pod sends.
+_CARRIER_SECONDS = 2.0  # the kernel looks at most a second apart
 _PORT_SYSCTLS = {"ipv6.disable_ipv6": 1, "ipv6.accept_ra": 0}
 
 
@@ -121,6 +122,7 @@ def add(
             _attach_guard(host, ours.name, mac, given.leases, network)
         host.set_port_up(ours.name, alias_of(attachment))
         routes = _configure_pod(pod, request.ifname, given, netns_fd)
+        host.wait_forwarding(ours.name, _CARRIER_SECONDS)
 
         store.complete(attachment, clock())
         undo.pop_all()

@@ -45,6 +45,7 @@ _TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _DIRECT_ACTION = 6, 7, 8, 1  # linux
 _ETH_P_ALL = 0x0003
 _IFA_F_NODAD = 0x02
 _IFF_UP = 0x1
+_BR_STATE_FORWARDING = 3
 _SKIP_STATISTICS = 1 << 3
 
 _TIMEOUT_S = 10.0
@@ -71,6 +72,7 @@ class Link:
     master: int | None
     peer: int | None
     isolated: bool
+    forwarding: bool
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,17 @@ class Netlink:
         message["flags"] = message["change"] = _IFF_UP
         message["attrs"] = [("IFLA_IFNAME", name)]
         self._change(_NEWLINK, 0, message, f"set {name} up")
+
+    def wait_forwarding(self, name: str, seconds: float) -> None:
+        """Return when the bridge forwards on port `name`. The kernel notices a veth's carrier in a work
+        queue of its own, and until then drops what the pod sends. After `seconds` return all the same:
+        it will come, and an ADD is not worth undoing for it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            link = self.find_link(name)
+            if link is None or link.forwarding:
+                return
+            time.sleep(_LOOK_AGAIN_S)
 
     def delete_link(self, name: str) -> None:
         """Delete it; nothing to do when it is gone already."""
@@ -402,6 +415,9 @@ def _link(message: Any) -> Link:
         master=message.get_attr("IFLA_MASTER"),
         peer=message.get_attr("IFLA_LINK"),
         isolated=bool(port and not isinstance(port, str) and port.get_attr("IFLA_BRPORT_ISOLATED")),
+        forwarding=bool(
+            port and not isinstance(port, str) and port.get_attr("IFLA_BRPORT_STATE") == _BR_STATE_FORWARDING
+        ),
     )
 
 

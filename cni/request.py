@@ -218,7 +218,7 @@ def _container(env: Mapping[str, str]) -> str:
 def _ifname(env: Mapping[str, str]) -> str:
     """The kernel's own rule (dev_valid_name) plus what the spec forbids."""
     ifname = env.get("CNI_IFNAME", "")
-    size = len(ifname.encode(errors="surrogateescape"))
+    size = len(ifname.encode(errors="surrogatepass"))
     forbidden = any(char in "/:" or char.isspace() or not char.isprintable() for char in ifname)
     if size > _IFNAME_MAX or ifname in (".", "..") or forbidden:
         raise CniError(
