@@ -47,11 +47,12 @@ def run(
     with process:
         try:
             output, errors = process.communicate(text.encode(), timeout=seconds)
-        except subprocess.TimeoutExpired as error:
+        except BaseException as error:
             process.kill()
-            raise LabError(f"{command[0]} in {namespace.name} did not end in {seconds:.0f} s") from error
-        except BaseException:
-            process.kill()
+            process.wait()  # Popen does not, after Ctrl-C
+            if isinstance(error, subprocess.TimeoutExpired):
+                message = f"{command[0]} in {namespace.name} did not end in {seconds:.0f} s"
+                raise LabError(message) from error
             raise
     if process.returncode != 0:
         said = (errors or output).decode(errors="replace").strip()
