@@ -8,16 +8,21 @@ export PATH
 
 # What a build and the demo need, and what the tests add: real peers (Open vSwitch), a second
 # opinion on the wire (tshark), and tools that look from outside.
-APT_RUN  := gcc libc6-dev linux-libc-dev python3-dev python3-venv
-APT_TEST := ethtool git iproute2 iputils-ping openvswitch-switch strace tcpdump tshark
+APT_RUN  := gcc libc6-dev linux-libc-dev nftables python3-dev python3-venv
+APT_TEST := containernetworking-plugins etcd-server ethtool git iproute2 openvswitch-switch strace tcpdump \
+            tshark
+
+# Real callers of the plugin, and the control planes it runs under.
+APT_E2E  := busybox-static conntrack containerd containernetworking-plugins etcd-client etcd-server iptables \
+            openssl podman runc socat
 
 SOURCES := setup.py pyproject.toml $(wildcard fastpath/*.p[yx]* fastpath/*/*.p[yx]* fastpath/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-slow lint bench lock clean
+.PHONY: help build demo test test-slow e2e lint bench lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 build: $(VENV)/built  ## compile the fast path and install podloom into .venv
 
@@ -30,6 +35,9 @@ test: $(VENV)/apt-test build  ## lint, then every test but the slow ones
 
 test-slow: $(VENV)/apt-test build  ## the tests that take minutes
 	@$(PYTHON) -m pytest -m slow --timeout 1800 $(ARGS)
+
+e2e: $(VENV)/apt-test $(VENV)/apt-e2e build  ## containerd, podman, and kubelet where PODLOOM_KUBELAB names a lab
+	@$(PYTHON) -m pytest tests/kube -m 'slow or not slow' --timeout 900 $(ARGS)
 
 lint: build  ## ruff, mypy --strict, cython-lint, import rule
 	@ruff check --quiet .
@@ -70,6 +78,10 @@ $(VENV)/apt-run: Makefile
 
 $(VENV)/apt-test: Makefile
 	$(call apt-install,$(APT_TEST))
+	@mkdir -p $(VENV) && touch $@
+
+$(VENV)/apt-e2e: Makefile
+	$(call apt-install,$(APT_E2E))
 	@mkdir -p $(VENV) && touch $@
 
 $(VENV)/python: $(VENV)/apt-run requirements.lock
