@@ -1,4 +1,4 @@
-"""A real etcd of one member, with a data directory and ports of its own."""
+"""A real etcd on loopback, with data directories and ports of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +18,52 @@ STOP_SECONDS = 20.0
 
 
 class EtcdServer:
-    """Started when made; `close` ends it, however it was treated. `host` is where clients find it."""
+    """Started when told to; `close` ends it, however it was treated."""
 
-    def __init__(self, directory: Path, *, host: str = "127.0.0.1", within: Sequence[str] = ()) -> None:
-        """`within` are the words that run a command in a namespace."""
+    def __init__(self, directory: Path, *, name: str = "one", tls: Path | None = None) -> None:
+        """`tls` is a directory with ca.crt, it.crt and it.key, for server and clients alike."""
         if shutil.which("etcd") is None:
             pytest.skip("no etcd (Debian package etcd-server): what needs one is NOT tested in this run")
-        self._host, self._within = host, within
         self._ports = free_ports(2)
-        self._directory = directory
+        self._name, self._directory, self._tls = name, directory, tls
+        self._members = (self,)
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(exist_ok=True)
 
+    @classmethod
+    def cluster(cls, directory: Path, count: int) -> tuple[EtcdServer, ...]:
+        """Members of one cluster, to be launched all before any is ready."""
+        members = tuple(cls(directory / f"m{number}", name=f"m{number}") for number in range(count))
+        for member in members:
+            member._members = members
+        return members
+
     @property
     def url(self) -> str:
-        return f"http://{self._host}:{self._ports[0]}"
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self._ports[0]}"
 
-    def start(self, *words: str) -> None:
+    @property
+    def _peer_url(self) -> str:
+        return f"http://127.0.0.1:{self._ports[1]}"
+
+    def start(self) -> None:
         """Returns when it answers."""
-        peers = f"http://127.0.0.1:{self._ports[1]}"
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        words = ["--name", self._name, "--data-dir", str(self._directory / "data"), "--unsafe-no-fsync"]
+        words += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
+        words += ["--listen-peer-urls", self._peer_url, "--initial-advertise-peer-urls", self._peer_url]
+        everyone = ",".join(f"{member._name}={member._peer_url}" for member in self._members)
+        words += ["--initial-cluster", everyone]
+        if self._tls is not None:
+            words += ["--client-cert-auth", "--trusted-ca-file", str(self._tls / "ca.crt")]
+            words += ["--cert-file", str(self._tls / "it.crt"), "--key-file", str(self._tls / "it.key")]
         with (self._directory / "etcd.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    *self._within,
-                    "etcd",
-                    *("--name", "one", "--data-dir", str(self._directory / "data")),
-                    *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
-                    *("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers),
-                    *("--initial-cluster", f"one={peers}", "--unsafe-no-fsync"),
-                    *words,
-                ],
-                stdout=log,
-                stderr=log,
-            )
+            self._process = subprocess.Popen(["etcd", *words], stdout=log, stderr=log)
+
+    def wait_ready(self) -> None:
         until(lambda: self.try_ctl("endpoint", "health").returncode == 0, "etcd's answer", 20.0)
 
     def stop(self, number: int = signal.SIGKILL) -> None:
@@ -78,9 +90,12 @@ class EtcdServer:
         return done.stdout
 
     def try_ctl(self, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [*self._within, "etcdctl", "--endpoints", self.url, *words]
+        command = ["etcdctl", "--endpoints", self.url]
+        if self._tls is not None:
+            command += ["--cacert", str(self._tls / "ca.crt")]
+            command += ["--cert", str(self._tls / "it.crt"), "--key", str(self._tls / "it.key")]
         return subprocess.run(
-            command,
+            [*command, *words],
             env={"ETCDCTL_API": "3", "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},
             capture_output=True,
             text=True,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,29 @@ def test_a_node_that_dies_is_forgotten_and_its_prefix_withheld_then_free(etcd: E
             assert third.prefixes == two.prefixes
             await eventually(lambda: one.ids == {"n3"}, "the heir")
             await third.stop()
+
+    asyncio.run(story())
+
+
+def test_a_node_that_was_cut_off_too_long_never_takes_its_prefix_back(etcd: EtcdServer) -> None:
+    """Its claim lapsed and another has the prefix: there is one owner, and the loser says so."""
+
+    async def story() -> None:
+        given = 'prefixes = ["10.42.7.0/24"]'
+        async with following(node_config(etcd, 1, node=given)) as (loser,):
+            await eventually(lambda: loser.unannounced is None, "the claim")
+            urls = loser.source._client._urls
+            loser.source._client._urls = ("http://127.0.0.1:1",)
+            await eventually(lambda: loser.unannounced is not None, "fencing", 8)
+            async with following(node_config(etcd, 2, node=given)) as (owner,):
+                await eventually(lambda: owner.unannounced is None, "the claim's lapse", 12)
+                loser.source._client._urls = urls
+                await eventually(lambda: "n2 has 10.42.7.0/24" in str(loser.unannounced), "the loser's word")
+                await eventually(lambda: loser.ids == {"n2"}, "the owner")
+                assert owner.ids == set()
+                assert owner.unannounced is None
+                claim = etcd.ctl("get", "--print-value-only", "/podloom/prefixes/10.42.7.0-24")
+                assert claim == "n2\n"
 
     asyncio.run(story())
 
@@ -397,6 +422,82 @@ def test_users_and_their_tokens(etcd: EtcdServer, tmp_path: Path) -> None:
         await stranger.close()
 
     asyncio.run(story())
+
+
+def test_tls_with_certificates_on_both_sides(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    server = EtcdServer(tmp_path / "etcd", tls=tmp_path)
+    tls = f'''
+ca_file = "{tmp_path}/ca.crt"
+cert_file = "{tmp_path}/it.crt"
+key_file = "{tmp_path}/it.key"'''
+
+    async def story() -> None:
+        async with following(node_config(server, 1, discovery=tls)) as (one,):
+            await eventually(lambda: one.unannounced is None and one.fault is None, "the start")
+        stranger = EtcdSource(node_config(server, 2, discovery=f'ca_file = "{tmp_path}/ca.crt"'))
+        with pytest.raises(EtcdError, match=r"certificate required|alert|disconnected|reset"):
+            await stranger._registration.register()
+        await stranger.close()
+        duped = EtcdSource(node_config(server, 2))
+        with pytest.raises(EtcdError, match="certificate verify failed"):
+            await duped._registration.register()
+        await duped.close()
+
+    try:
+        server.start()
+        asyncio.run(story())
+    finally:
+        server.close()
+
+
+def make_certificates(directory: Path) -> None:
+    """An authority, and one certificate by it for a server on loopback and its client."""
+    extensions = directory / "extensions"
+    extensions.write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    for words in (
+        ("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=ca", "-days", "2"),
+        ("req", *curve, "-keyout", "it.key", "-out", "it.csr", "-subj", "/CN=it"),
+        (
+            *("x509", "-req", "-in", "it.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"),
+            *("-out", "it.crt", "-days", "2", "-extfile", "extensions"),
+        ),
+    ):
+        done = subprocess.run(["openssl", *words], cwd=directory, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_member_that_dies_is_left_for_another(tmp_path: Path) -> None:
+    """Three members; the one asked, and then the leader, dies."""
+    members = EtcdServer.cluster(tmp_path, 3)
+
+    async def story() -> None:
+        settings = [node_config(members[0], number) for number in (1, 2)]
+        urls = tuple(member.url for member in members)
+        settings = [replace(one, discovery=replace(one.discovery, urls=urls)) for one in settings]
+        async with following(*settings) as (one, two):
+            await eventually(lambda: one.ids == {"n2"} and two.ids == {"n1"}, "each other")
+            asked = one.source._client._url()
+            next(member for member in members if member.url == asked).stop()
+            await eventually(lambda: one.source._client._url() != asked, "another member", 15)
+            await eventually(lambda: one.fault is None and one.unannounced is None, "recovery", 15)
+            third = await Follower(
+                replace(node_config(members[0], 3), discovery=settings[0].discovery)
+            ).start()
+            await eventually(lambda: one.ids == {"n2", "n3"}, "what happens afterwards", 15)
+            await third.stop()
+            assert two.ids >= {"n1"}
+
+    try:
+        for member in members:
+            member.launch()
+        for member in members:
+            member.wait_ready()
+        asyncio.run(story())
+    finally:
+        for member in members:
+            member.close()
 
 
 def test_the_configuration_shown_is_the_one_meant(etcd: EtcdServer) -> None:
