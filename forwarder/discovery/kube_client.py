@@ -1,4 +1,4 @@
-"""As much of the Kubernetes API as Nodes need: get, list, watch, and patch of a Node's status.
+"""As much of the Kubernetes API as we need: get a Node, list, watch, and patch a Node's status.
 
 A plain HTTP client: the official one brings every type of the API, threads for watches and some thirty
 packages, of which five requests need nothing.
@@ -32,6 +32,7 @@ from forwarder.discovery.http import (
 from forwarder.faults import ConfigError, Fault
 
 SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+NODES: Final = "/api/v1/nodes"
 PAGE: Final = 500
 GONE: Final = 410
 STRATEGIC_MERGE: Final = "application/strategic-merge-patch+json"
@@ -75,22 +76,22 @@ class KubeClient:
 
     async def node(self, name: str) -> dict[str, Any]:
         """A Node object."""
-        return await self._ask("GET", f"/api/v1/nodes/{name}", deadlines(REQUEST_SECONDS))
+        return await self._ask("GET", f"{NODES}/{name}", deadlines(REQUEST_SECONDS))
 
-    async def nodes(self) -> tuple[list[dict[str, Any]], str]:
-        """All Node objects, and the version they are of."""
+    async def objects(self, collection: str = NODES) -> tuple[list[dict[str, Any]], str]:
+        """All objects of a collection, which is its path, and the version they are of."""
         found: list[dict[str, Any]] = []
         query = {"limit": str(PAGE)}
         while True:
-            answer = await self._ask("GET", f"/api/v1/nodes?{urlencode(query)}", deadlines(LIST_SECONDS))
+            answer = await self._ask("GET", f"{collection}?{urlencode(query)}", deadlines(LIST_SECONDS))
             found += answer.get("items") or []
             metadata = answer.get("metadata", {})
             if not metadata.get("continue"):
                 return found, str(metadata["resourceVersion"])
             query["continue"] = metadata["continue"]
 
-    async def watch_nodes(
-        self, version: str, seconds: int
+    async def watch(
+        self, version: str, seconds: int, collection: str = NODES
     ) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """(ADDED, MODIFIED, DELETED or BOOKMARK; the object) after the version. The server ends it after so
         many seconds; one that does not is dead, which is a KubeError."""
@@ -100,7 +101,7 @@ class KubeClient:
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(seconds),
         }
-        path, limits = f"/api/v1/nodes?{urlencode(query)}", deadlines(seconds + REQUEST_SECONDS)
+        path, limits = f"{collection}?{urlencode(query)}", deadlines(seconds + REQUEST_SECONDS)
         try:
             async with (
                 await self._request("GET", path, limits) as response,
@@ -117,7 +118,7 @@ class KubeClient:
 
     async def patch_status(self, name: str, patch: Mapping[str, Any]) -> None:
         """Merge into a Node; its metadata and status can be changed so, and nothing else."""
-        path = f"/api/v1/nodes/{name}/status"
+        path = f"{NODES}/{name}/status"
         await self._ask("PATCH", path, deadlines(REQUEST_SECONDS), dict(patch))
 
     async def _ask(
@@ -155,6 +156,11 @@ class KubeClient:
 def _error_of(status: Mapping[str, Any]) -> Exception:
     text = str(status.get("message") or f"status {status.get('code')}")
     return GoneError(text) if status.get("code") == GONE else KubeError(text)
+
+
+def access_by(kubeconfig: Path | None) -> Access:
+    """By a kubeconfig, or the service account. ConfigError if it cannot be used."""
+    return in_cluster() if kubeconfig is None else from_kubeconfig(kubeconfig)
 
 
 def in_cluster(environment: Mapping[str, str] = os.environ, account: Path = SERVICE_ACCOUNT) -> Access:

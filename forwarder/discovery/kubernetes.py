@@ -22,8 +22,7 @@ from forwarder.discovery.kube_client import (
     GoneError,
     KubeClient,
     KubeError,
-    from_kubeconfig,
-    in_cluster,
+    access_by,
 )
 from forwarder.discovery.kube_nodes import (
     annotations_of,
@@ -63,12 +62,11 @@ class KubernetesSource:
         """`stored_prefixes` are those this node had when it ran last. ConfigError if the kubeconfig or the
         service account cannot be used."""
         discovery = config.discovery
-        access = in_cluster() if discovery.kubeconfig is None else from_kubeconfig(discovery.kubeconfig)
         self._config = config
         self._stored_prefixes = stored_prefixes
         self._watch_seconds = watch_seconds
         self._clock, self._sleep = clock, sleep
-        self._client = KubeClient(access)
+        self._client = KubeClient(access_by(discovery.kubeconfig))
         self._name = discovery.node_name or os.environ.get("NODE_NAME") or socket.gethostname().lower()
         self._flannel = discovery.compat == "flannel"
         self._record = own_record(config)
@@ -175,7 +173,7 @@ class KubernetesSource:
                     await self._client.node(self._name)
                     self._items.put_nowait(Current())
                 troubled = False
-                async with aclosing(self._client.watch_nodes(version, self._watch_seconds)) as watch:
+                async with aclosing(self._client.watch(version, self._watch_seconds)) as watch:
                     async for kind, node in watch:
                         version = str(node["metadata"]["resourceVersion"])
                         if kind != "BOOKMARK":
@@ -193,7 +191,7 @@ class KubernetesSource:
 
     async def _list(self) -> str:
         """Say everything there is; the version it is of."""
-        nodes, version = await self._client.nodes()
+        nodes, version = await self._client.objects()
         others = [node for node in nodes if name_of(node) != self._name]
         own = next((node for node in nodes if name_of(node) == self._name), None)
         self._see_own(own)

@@ -49,7 +49,7 @@ def make_resolver(settings: Settings, clock: Callable[[], float] = time.monotoni
     addresses = tuple(map(ip_address, settings.addresses))
     given = tuple(map(parse_server, settings.upstream))
     return Resolver(
-        Zone(settings.domain, addresses, tuple(map(ip_network, settings.networks))),
+        Zone(settings.domain, addresses, tuple(map(ip_network, settings.networks)), settings.expected),
         Limiter(tuple(map(ip_network, settings.clients)), settings.queries_per_second),
         Upstream((lambda: given) if given else HostServers(RESOLV_CONF, addresses, clock)),
         settings.cache_bytes,

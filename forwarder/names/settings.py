@@ -12,8 +12,8 @@ MAX_LINE_BYTES: Final = 1 << 26
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Addresses, networks and servers are text. `addresses` are the resolver's own, `networks` those whose
-    reverse names are ours, `clients` who may ask; an empty `upstream` stands for the host's servers. `udp`
-    and `tcp` are descriptors."""
+    reverse names are ours, `clients` who may ask; an empty `upstream` stands for the host's servers.
+    `expected` are sources without which nothing is said not to exist. `udp` and `tcp` are descriptors."""
 
     domain: str
     addresses: tuple[str, ...]
@@ -22,5 +22,6 @@ class Settings:
     upstream: tuple[str, ...]
     queries_per_second: int
     cache_bytes: int
+    expected: tuple[str, ...] = ()
     udp: tuple[int, ...] = ()
     tcp: tuple[int, ...] = ()

@@ -52,10 +52,18 @@ class Found:
 class Zone:
     """The names below `domain`, and the reverse names of `networks` and of every address with a name."""
 
-    def __init__(self, domain: str, addresses: Sequence[Address], networks: Sequence[Network] = ()) -> None:
-        """`addresses` are the resolver's own."""
+    def __init__(
+        self,
+        domain: str,
+        addresses: Sequence[Address],
+        networks: Sequence[Network] = (),
+        expected: Sequence[str] = (),
+    ) -> None:
+        """`addresses` are the resolver's own. Until all `expected` sources have been heard, nothing is said
+        not to exist."""
         self.domain = domain.lower().removesuffix(".")
         self._networks = tuple(networks)
+        self._unheard = set(expected)
         self._serial = 1
         self._sources: dict[str, dict[Key, tuple[Rr, ...]]] = {}
         # By owner, type and value, how many records say so.
@@ -74,6 +82,7 @@ class Zone:
         """Take over what a source says. A sentence for each record that is refused: the rest applies, and
         what was known of that one stays."""
         self._serial += 1
+        self._unheard.discard(source)
         known = self._sources.setdefault(source, {})
         match change:
             case Remove(keys):
@@ -156,6 +165,8 @@ class Zone:
                 found = tuple(Rr(name, rdtype, value) for value in types[rdtype])
                 return Found(answer=(*chain, *found), additional=self._targets(found))
             exists = bool(types) or name in self._population
+            if self._unheard and not exists:
+                return Found(SERVFAIL, tuple(chain))
             return Found(NOERROR if exists else NXDOMAIN, tuple(chain), (self._soa(origin),))
         return Found(answer=tuple(chain), alias=name) if chain else None
 

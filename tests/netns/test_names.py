@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.kube_api import KubeApi
 from tests.netns.nodes import REPOSITORY, Node, until
 from tests.netns_tools import Namespace, run
 
@@ -62,7 +63,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         self._command = namespace.command([sys.executable, "-c", self.PROGRAM, address])
 
     def __enter__(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "bound\n"
 
@@ -71,6 +72,36 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
+
+
+class Kubernetes(Resolver):
+    """An API server that knows this Node and a headless service."""
+
+    PROGRAM = """
+import asyncio, sys
+from aiohttp import web
+from tests.kube_api import KubeApi, node
+from tests.unit.test_names_kubernetes import HEADLESS, READY, endpoint_slice
+
+async def main():
+    nodes, services, slices = KubeApi(), KubeApi(), KubeApi()
+    await nodes.put(node("n1", "10.42.1.0/24"))
+    await services.put(HEADLESS)
+    await slices.put(endpoint_slice("db-a", "db", READY))
+    app = web.Application()
+    app.router.add_get("/api/v1/nodes", nodes._list)
+    app.router.add_get("/api/v1/nodes/{name}", nodes._get)
+    app.router.add_patch("/api/v1/nodes/{name}/status", nodes._patch)
+    app.router.add_get("/api/v1/services", services._list)
+    app.router.add_get("/apis/discovery.k8s.io/v1/endpointslices", slices._list)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, sys.argv[1], 6443).start()
+    print("bound", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
 
 
 def cni(node: Node, command: str, pod: Namespace, *, name: str) -> dict[str, Any]:
@@ -207,6 +238,24 @@ def test_services_are_reloaded(named: Node) -> None:
     named.process.send_signal(signal.SIGHUP)
     name = "web.default.svc.cluster.local"
     until(lambda: ask(named.namespace, "10.42.1.1", name) == "NOERROR 10.43.0.11", "the new address")
+
+
+def test_services_come_from_kubernetes(named: Node, tmp_path: Path) -> None:
+    api = KubeApi()
+    api.url = "http://127.0.0.1:6443"
+    kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
+    named.tables["discovery"] = {
+        "source": "kubernetes",
+        "node_name": "n1",
+        "kubeconfig": str(kubeconfig),
+    }
+    del named.tables["node"]["prefixes"]
+    name = "db.shop.svc.cluster.local"
+    with Kubernetes(named.namespace, "127.0.0.1"):
+        named.start()
+        until(lambda: ask(named.namespace, "10.42.1.1", name) == "NOERROR 10.42.1.5", "the service's name")
+        assert ask(named.namespace, "10.42.1.1", "absent.shop.svc.cluster.local") == "NXDOMAIN"
+    assert ask(named.namespace, "10.42.1.1", name) == "NOERROR 10.42.1.5", "without the API server"
 
 
 def test_what_a_person_reads(named: Node) -> None:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from cni.install import CONFLIST, PLUGIN
 from forwarder import cli, config
 from forwarder.control.messages import DEFAULT_RUN_DIR
+from forwarder.discovery.kube_client import NODES
+from forwarder.names.kubernetes import SERVICES_PATH, SLICES_PATH
 from forwarder.names.options import NamesConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +69,8 @@ def test_what_there_is_and_how_it_belongs_together() -> None:
     assert only("DaemonSet")["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
 
 
-def test_the_rights_are_those_of_the_kubernetes_source_and_no_others() -> None:
-    """It reads Nodes, and merges annotations and a condition into its own by way of its status."""
+def test_the_rights_are_those_that_are_used_and_no_others() -> None:
+    """Nodes are read, and our own gets annotations and a condition through its status; services are read."""
     rights = {
         (group, resource, verb)
         for rule in only("ClusterRole")["rules"]
@@ -76,9 +78,14 @@ def test_the_rights_are_those_of_the_kubernetes_source_and_no_others() -> None:
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
+    for collection in (NODES, SERVICES_PATH, SLICES_PATH):
+        group, _, resource = collection.removeprefix("/api/v1/").removeprefix("/apis/").rpartition("/")
+        assert {(group.partition("/")[0], resource, verb) for verb in ("list", "watch")} <= rights
     assert rights == {
         *(("", "nodes", verb) for verb in ("get", "list", "watch")),
         ("", "nodes/status", "patch"),
+        *(("", "services", verb) for verb in ("list", "watch")),
+        *(("discovery.k8s.io", "endpointslices", verb) for verb in ("list", "watch")),
     }
 
 
