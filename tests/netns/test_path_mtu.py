@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,9 @@ UNDERLAY = {4: "192.0.{}.{}", 6: "2001:db8:{}::{}"}
 INSIDE = {4: "10.42.{}.{}", 6: "fd42:0:0:{}::{}"}
 BITS = {4: 32, 6: 128}
 OVERHEAD = {4: 50, 6: 70}
+
+# linux/in.h; the socket module lacks them.
+IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0
 
 CHUNK_BYTES = 1 << 16
 CHUNK_SECONDS = 0.005
@@ -53,8 +57,7 @@ class Network:
             plug(node, pod)
 
     def set_mtu(self, place: str, mtu_bytes: int) -> None:
-        """Change what the path from the first node to the second carries. The far ends are changed, too,
-        so that the way back is what it was."""
+        """Change what the path from the first node to the second carries."""
         one, _ = self.nodes
         namespace, device = {"router": (self.router, "wire2"), "device": (one.namespace, "eth0")}[place]
         namespace.ip("link", "set", device, "mtu", str(mtu_bytes))
@@ -206,6 +209,7 @@ def test_tcp_goes_on_over_a_path_that_shrinks(
 ) -> None:
     network.start(underlay, uplink=uplink)
     one, _ = network.nodes
+    assert one.ask("status")["offloads"]["uplink"]["on"] == (uplink == "on")
     prefixes = one.ask("peers")[0]["prefixes"]
     with Transfer(network, inside) as transfer:
         transfer.goes_on()
@@ -222,3 +226,79 @@ def test_tcp_goes_on_over_a_path_that_shrinks(
         until(lambda: path_mtu(one) is None, "the path MTU's growth")
         until(lambda: path_routes(one) == {}, "the routes' end")
         transfer.goes_on()
+
+
+def shrink(network: Network, mtu_bytes: int = SHORT) -> None:
+    """Have the first node find out that the path carries less, by a packet that is too long for it."""
+    one, _ = network.nodes
+    network.set_mtu("router", mtu_bytes)
+    with udp(network, 4) as sender:
+        sender.send(bytes(1400))
+        until(lambda: path_mtu(one) == mtu_bytes, "the path MTU")
+
+
+def udp(network: Network, inside: int) -> socket.socket:
+    """A socket in the first pod for packets to the second."""
+    family = socket.AF_INET if inside == 4 else socket.AF_INET6
+
+    def connect() -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.connect((INSIDE[inside].format(2, 10), 5001))
+        return sock
+
+    sock: socket.socket = in_namespace(network.pods[0], connect)
+    return sock
+
+
+def test_packets_that_may_be_fragmented_are(network: Network) -> None:
+    network.start(4)
+    one, _ = network.nodes
+    shrink(network)
+    until(lambda: path_routes(one).get("10.42.2.0/24") == 1350, "the route")
+
+    def receiver() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind((INSIDE[4].format(2, 10), 5001))
+        sock.settimeout(5)
+        return sock
+
+    with in_namespace(network.pods[1], receiver) as arriving, udp(network, 4) as sender:
+        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        payload = os.urandom(1422)  # 1450 with its headers
+        sender.send(payload)
+        assert arriving.recv(2000) == payload
+
+
+def test_ipv6_is_told_nothing_below_its_minimum(network: Network) -> None:
+    network.start(4)
+    one, _ = network.nodes
+    shrink(network, 1300)
+    until(lambda: path_routes(one) == {"10.42.2.0/24": 1250}, "the route")
+    assert one.log.count("IPv6 needs an MTU of 1280, and less is left to n2") == 1
+    dropped = one.ask("drops")["encap"]["too_big"]
+    with udp(network, 6) as sender:
+        sender.send(bytes(1300))
+        until(lambda: one.ask("drops")["encap"]["too_big"] == dropped + 1, "the drop")
+    assert pod_mtu(network, 6) is None
+
+
+def test_routes_go_with_the_peer(network: Network) -> None:
+    network.start(4)
+    one, _ = network.nodes
+    shrink(network)
+    until(lambda: len(path_routes(one)) == 2, "the routes")
+    one.write_peers("")
+    until(lambda: path_routes(one) == {}, "the routes' end")
+
+
+def test_a_restart_finds_what_was_left(network: Network) -> None:
+    network.start(4)
+    one, _ = network.nodes
+    shrink(network)
+    until(lambda: len(path_routes(one)) == 2, "the routes")
+    one.stop(signal.SIGKILL)
+    network.set_mtu("router", 1500)
+    forget_learned(one, 4)
+    assert len(path_routes(one)) == 2
+    one.start()
+    assert (path_routes(one), path_mtu(one)) == ({}, None)
