@@ -1,7 +1,8 @@
 """The resolver's process: sockets it is given, clients on them, and the daemon on a socket of its own.
 
 The daemon writes JSON lines: first the Settings, then changes of records, the word to serve, and questions
-about the resolver, each of which gets a line back. When the daemon is gone, so is this process.
+about the resolver, each of which gets a line back. A change's records come in parts before it. When the
+daemon is gone, so is this process.
 """
 
 from __future__ import annotations
@@ -166,13 +167,18 @@ async def serve(settings: Settings, reader: asyncio.StreamReader, writer: asynci
     """Serve until the daemon closes its end, and not before it said that we know all that it does: until
     then a name would seem not to exist, and clients would remember that."""
     resolver = make_resolver(settings)
+    parts: list[Any] = []
     async with contextlib.AsyncExitStack() as stack:
         while line := await reader.readline():
             body = json.loads(line)
             if "serve" in body:
                 await open_sockets(resolver, settings, stack)
+            elif "part" in body:
+                parts += body["part"]
             elif "source" in body:
-                for refused in resolver.zone.apply(body["source"], from_json(body)):
+                records, parts = parts, []
+                change = from_json({name: value or records for name, value in body.items()})
+                for refused in resolver.zone.apply(body["source"], change):
                     log.error("names of %s: not taken: %s", body["source"], refused)
                 resolver.forget_repeats()
             else:

@@ -11,6 +11,7 @@ import logging
 import socket
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from ipaddress import ip_address
@@ -23,7 +24,8 @@ from forwarder.names.settings import MAX_LINE_BYTES, Settings
 
 START_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 2.0
-ASK_SECONDS: Final = 5.0
+ASK_SECONDS: Final = 8.0
+LINE_RECORDS: Final = 50
 WATCH_SECONDS: Final = 10.0
 """How often the resolver is asked whether it still answers."""
 
@@ -53,7 +55,7 @@ class NameService:
         self._settings = settings
         self._sockets: list[socket.socket] = []
         self._sources: dict[str, dict[Key, Record]] = {}
-        self._writer: asyncio.StreamWriter | None = None
+        self._outbox: asyncio.Queue[Iterable[bytes]] | None = None
         self._reader: asyncio.StreamReader | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._connected = asyncio.Event()
@@ -97,15 +99,16 @@ class NameService:
             case Remove(keys):
                 for key in keys:
                     known.pop(key, None)
-        self._tell(source, change)
+        if self._outbox is not None:
+            self._outbox.put_nowait(lines_of(source, change))
 
     async def ask(self, name: str | None = None) -> dict[str, Any]:
         """What the resolver would answer for a name or address, or all it has. NamesError if it does not."""
         async with self._asking:
-            if self._writer is None or self._reader is None:
+            if self._outbox is None or self._reader is None:
                 raise NamesError("the resolver is being started again: ask in a few seconds, and see the log")
             try:
-                self._writer.write(json.dumps({"name": name}).encode() + b"\n")
+                self._outbox.put_nowait((_line({"name": name}),))
                 async with asyncio.timeout(ASK_SECONDS):
                     line = await self._reader.readline()
                 answer: dict[str, Any] = json.loads(line)["answer"]
@@ -145,10 +148,6 @@ class NameService:
         while self._sockets:
             self._sockets.pop().close()
 
-    def _tell(self, source: str, change: Change) -> None:
-        if self._writer is not None:
-            self._writer.write(json.dumps({"source": source, **to_json(change)}).encode() + b"\n")
-
     async def _keep(self) -> None:
         """Run the process; when it dies, run another, at growing intervals if it dies young."""
         pause = FIRST_PAUSE_SECONDS
@@ -181,16 +180,19 @@ class NameService:
         except BaseException:
             ours.close()
             raise
+        outbox: asyncio.Queue[Iterable[bytes]] = asyncio.Queue()
+        outbox.put_nowait((_line(asdict(self._settings)),))
+        for source, known in self._sources.items():
+            outbox.put_nowait(lines_of(source, Replace(tuple(known.values()))))
+        outbox.put_nowait((_line({"serve": True}),))
+        sender = asyncio.create_task(_send(writer, outbox))
         try:
-            writer.write(json.dumps(asdict(self._settings)).encode() + b"\n")
-            self._process, self._reader, self._writer = process, reader, writer
-            for source, known in self._sources.items():
-                self._tell(source, Replace(tuple(known.values())))
-            writer.write(json.dumps({"serve": True}).encode() + b"\n")
+            self._process, self._reader, self._outbox = process, reader, outbox
             self._connected.set()
             return await self._watch(process)
         finally:
-            self._process = self._reader = self._writer = None
+            self._process = self._reader = self._outbox = None
+            sender.cancel()
             writer.close()
             await _end(process)
 
@@ -202,6 +204,31 @@ class NameService:
                     return await process.wait()
             with suppress(NamesError):
                 await self.ask("localhost")
+
+
+def lines_of(source: str, change: Change) -> Iterator[bytes]:
+    """The change as lines, each of few records: encoding one takes no longer than packets may wait."""
+    if isinstance(change, Remove):
+        yield _line({"source": source, **to_json(change)})
+        return
+    records = change.records
+    for start in range(0, len(records), LINE_RECORDS):
+        part = to_json(Put(records[start : start + LINE_RECORDS]))["put"]
+        yield _line({"source": source, "part": part})
+    yield _line({"source": source, "replace" if isinstance(change, Replace) else "put": []})
+
+
+def _line(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode() + b"\n"
+
+
+async def _send(writer: asyncio.StreamWriter, outbox: asyncio.Queue[Iterable[bytes]]) -> None:
+    with suppress(ConnectionError):  # It died, and `_watch` knows.
+        while True:
+            for line in await outbox.get():
+                writer.write(line)
+                await writer.drain()
+                await asyncio.sleep(0)  # Packets first.
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -16,7 +16,7 @@ import pytest
 from forwarder.names import server, service
 from forwarder.names.records import Put, Remove, Replace, Service
 from forwarder.names.server import MAX_CONNECTIONS_OF_SOURCE, Streams, make_resolver
-from forwarder.names.service import NamesError, NameService
+from forwarder.names.service import LINE_RECORDS, NamesError, NameService
 from forwarder.names.settings import Settings
 
 SETTINGS = Settings(
@@ -101,6 +101,25 @@ def test_changes_reach_the_process() -> None:
         assert values(await ask(names.port, query())) == ["10.43.0.11"]
         names.apply("test", Remove((WEB.key,)))
         assert (await names.ask(NAME))["records"] == []
+
+    told(story)
+
+
+@pytest.mark.parametrize("kind", [Replace, Put])
+def test_changes_of_many_records(kind: type[Replace] | type[Put]) -> None:
+    """They go in parts, and what is asked afterwards is answered from all of them."""
+    many = tuple(Service(f"s{number}", cluster_ips=WEB.cluster_ips) for number in range(3 * LINE_RECORDS + 1))
+
+    async def story(names: NameService) -> None:
+        names.apply("many", kind(many))
+        names.apply("many", Put((WEB,)))
+        shown = {record["name"].partition(".")[0] for record in (await names.ask())["records"]}
+        assert {service.name for service in many} | {"web"} <= shown
+        names.apply("many", Replace(many[:1]))
+        names.apply("test", Replace(()))
+        shown = {record["name"].partition(".")[0] for record in (await names.ask())["records"]}
+        assert "s0" in shown
+        assert not {"s1", "web", f"s{3 * LINE_RECORDS}"} & shown
 
     told(story)
 
