@@ -239,6 +239,8 @@ def read_record(table: Mapping[str, Any], key: str) -> PeerRecord:
     podloom may have written it. ConfigError with every fault in it, each below `key`."""
     faults: list[Fault] = []
     known = {name: value for name, value in table.items() if name in _PEER}
+    if isinstance(known.get("features"), list):
+        known["features"] = [feature for feature in known["features"] if feature in FEATURES]
     record = read_section(PeerRecord, _PEER, known, key, faults)
     if record is None:
         raise ConfigError(faults)

@@ -2,7 +2,8 @@
 
 A source names each thing it says by a *key*. What cannot be a peer of this node, or excludes a peer that
 stands already, is refused with its key and the reason; the rest stands. A key that says something refused
-keeps the last good record it had, and what was refused for another's sake is tried again when that leaves.
+keeps the last good record it had, unless another needs what that has; what was refused for another's sake is
+tried again when that leaves.
 Each change costs what it changes, however many peers there are.
 """
 
@@ -41,13 +42,12 @@ class Registry:
         self._capacity = capacity
         self._standing: dict[str, PeerRecord] = {}
         self._refused: dict[str, tuple[PeerRecord | None, tuple[Fault, ...]]] = {}
-        self._forget_all()
-
-    def _forget_all(self) -> None:
+        self._before: dict[str, PeerRecord | None] = {}
+        """By node id, what stood before the change under way."""
         self._keys: dict[str, str] = {}
         self._endpoints: dict[Address, str] = {}
         self._ranges = _Ranges()
-        for prefix in self._local.prefixes:
+        for prefix in local.prefixes:
             self._ranges.add(prefix, OURS)
 
     @property
@@ -60,60 +60,68 @@ class Registry:
             yield from faults
 
     def replace(self, said: Mapping[str, Said]) -> Delta:
-        """Everything a source says. Of what excludes each other the first stands."""
-        before, last_good = self.records, self._standing
-        self._forget_all()
-        self._standing, self._refused = {}, {}
-        for key, value in said.items():
-            if not self._try(key, value) and key in last_good:
-                self._stand_if_possible(key, last_good[key])
-        after = self.records
-        delta: dict[str, PeerRecord | None] = {
-            node_id: record for node_id, record in after.items() if before.get(node_id) != record
-        }
-        return delta | dict.fromkeys(before.keys() - after.keys())
+        """Everything a source says. Of new records that exclude each other the first stands."""
+        old = {key: record for key, record in self._standing.items() if said.get(key) != record}
+        for key in old:
+            self._leave(key)
+        self._refused = {}
+        for key in [key for key in said if key not in self._standing]:
+            if not self._try(key, said[key]) and key in old:
+                self._stand_if_possible(key, old[key])
+        return self._delta()
 
     def upsert(self, key: str, said: Said) -> Delta:
         """One key says something new."""
-        old = self._standing.get(key)
-        if said == old:
+        if said == self._standing.get(key):
             self._refused.pop(key, None)
             return {}
-        if old is not None:
-            self._leave(key)
-        if self._try(key, said):
-            return self._delta(old, key) | (self._try_refused() if old is not None else {})
-        if old is not None:
-            self._stand(key, old)
-        return {}
+        # Nobody is kept out by a record that its own key does not say any more.
+        outdated = self._outdated_in_the_way(key, said)
+        old = {name: self._standing[name] for name in (key, *outdated) if name in self._standing}
+        for name in old:
+            self._leave(name)
+        if not self._try(key, said):
+            for name, record in old.items():
+                self._stand(name, record)
+        elif old:
+            self._try_refused()
+        return self._delta()
 
     def remove(self, key: str) -> Delta:
         """One key is gone."""
         self._refused.pop(key, None)
-        old = self._standing.get(key)
-        if old is None:
-            return {}
-        self._leave(key)
-        return {old.id: None, **self._try_refused()}
+        if key in self._standing:
+            self._leave(key)
+            self._try_refused()
+        return self._delta()
 
-    def _delta(self, old: PeerRecord | None, key: str) -> dict[str, PeerRecord | None]:
-        new = self._standing[key]
-        gone: dict[str, PeerRecord | None] = {} if old is None else {old.id: None}
-        return gone | {new.id: new}
+    def _delta(self) -> Delta:
+        before, self._before = self._before, {}
+        return {node_id: now for node_id, old in before.items() if (now := self._record(node_id)) != old}
 
-    def _try_refused(self) -> dict[str, PeerRecord | None]:
-        delta: dict[str, PeerRecord | None] = {}
+    def _record(self, node_id: str) -> PeerRecord | None:
+        key = self._keys.get(node_id)
+        return None if key is None else self._standing[key]
+
+    def _outdated_in_the_way(self, key: str, said: Said) -> set[str]:
+        """The other keys that have what a record needs, if all have it only by their last good word."""
+        if isinstance(said, Refusal) or not self._refused:
+            return set()
+        owners = {self._keys[said.id]} if said.id in self._keys else set()
+        owners |= {self._endpoints[address] for address in said.endpoints if address in self._endpoints}
+        owners |= {owner for prefix in said.prefixes for _, owner in self._ranges.overlapping(prefix)}
+        owners.discard(key)
+        return owners if owners <= self._refused.keys() else set()
+
+    def _try_refused(self) -> None:
         for key, (record, _) in list(self._refused.items()):
             if record is None:
                 continue  # It is impossible whoever else there is.
             old = self._standing.get(key)
             if old is not None:
                 self._leave(key)
-            if self._try(key, record):
-                delta |= self._delta(old, key)
-            elif old is not None:
+            if not self._try(key, record) and old is not None:
                 self._stand(key, old)
-        return delta
 
     def _try(self, key: str, said: Said) -> bool:
         """Let it stand, or note why it cannot."""
@@ -153,6 +161,7 @@ class Registry:
                 yield Fault(f"{key}.prefixes[{index}]", prefix, "must not overlap another of the same record")
 
     def _stand(self, key: str, record: PeerRecord) -> None:
+        self._before.setdefault(record.id, self._record(record.id))
         self._standing[key] = record
         self._keys[record.id] = key
         self._endpoints.update(dict.fromkeys(record.endpoints, key))
@@ -160,7 +169,9 @@ class Registry:
             self._ranges.add(prefix, key)
 
     def _leave(self, key: str) -> None:
-        record = self._standing.pop(key)
+        record = self._standing[key]
+        self._before.setdefault(record.id, record)
+        del self._standing[key]
         del self._keys[record.id]
         for endpoint in record.endpoints:
             del self._endpoints[endpoint]

@@ -26,7 +26,7 @@ class EtcdServer:
             pytest.skip("no etcd (Debian package etcd-server): what needs one is NOT tested in this run")
         self._ports = free_ports(2)
         self._name, self._directory, self._tls = name, directory, tls
-        self._members = (self,)
+        self._members: tuple[EtcdServer, ...] = (self,)
         self._process: subprocess.Popen[bytes] | None = None
         directory.mkdir(exist_ok=True)
 

@@ -12,8 +12,8 @@ from forwarder.registry import Said
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything there is, by the key the source knows it by. Of two records that exclude each other the
-    earlier one stands."""
+    """Everything there is, by the key the source knows it by. Of two records that exclude each other the one
+    that stands already does, or else the earlier."""
 
     said: Mapping[str, Said]
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from forwarder.addresses import Network, format_mac
-from forwarder.config import ENCAPSULATIONS, read_record
+from forwarder.config import read_record
 from forwarder.faults import MISSING, ConfigError, Fault
 from forwarder.peers import PeerRecord
 from forwarder.registry import Refusal, Said
 
 OURS: Final = "podloom.dev/"
 ENDPOINTS: Final = OURS + "endpoints"
+FEATURES: Final = OURS + "features"
 
 FLANNEL: Final = "flannel.alpha.coreos.com/"
 FLANNEL_PORT: Final = 8472
@@ -56,6 +57,7 @@ def read_ours(node: Mapping[str, Any]) -> dict[str, Said]:
         "id": name_of(node),
         "endpoints": annotations[ENDPOINTS].split(","),
         "prefixes": pod_cidrs(node),
+        "features": annotations.get(FEATURES, "").split(","),
     }
     for name in ("router-mac", "encapsulation"):
         if OURS + name in annotations:
@@ -74,7 +76,7 @@ def write_ours(record: PeerRecord) -> dict[str, str]:
         OURS + "encapsulation": record.encapsulation,
         OURS + "port": str(record.port),
         OURS + "vni": str(record.vni),
-        OURS + "features": ",".join(ENCAPSULATIONS),
+        FEATURES: ",".join(record.features),
     }
 
 

@@ -468,23 +468,26 @@ def make_certificates(directory: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_a_member_that_dies_is_left_for_another(tmp_path: Path) -> None:
-    """Three members; the one asked, and then the leader, dies."""
+def is_leader(member: EtcdServer) -> bool:
+    status = json.loads(member.ctl("endpoint", "status", "-w", "json"))[0]["Status"]
+    return bool(status["leader"] == status["header"]["member_id"])
+
+
+def test_a_leader_that_dies_is_left_for_another_member(tmp_path: Path) -> None:
+    """Of three members the leader is the one that is asked, and watched."""
     members = EtcdServer.cluster(tmp_path, 3)
 
     async def story() -> None:
-        settings = [node_config(members[0], number) for number in (1, 2)]
-        urls = tuple(member.url for member in members)
-        settings = [replace(one, discovery=replace(one.discovery, urls=urls)) for one in settings]
-        async with following(*settings) as (one, two):
+        first, *rest = sorted(members, key=is_leader, reverse=True)
+        urls = (first.url, *(member.url for member in rest))
+        discovery = replace(node_config(first, 1).discovery, urls=urls)
+        settings = [replace(node_config(first, number), discovery=discovery) for number in (1, 2, 3)]
+        async with following(*settings[:2]) as (one, two):
             await eventually(lambda: one.ids == {"n2"} and two.ids == {"n1"}, "each other")
-            asked = one.source._client._url()
-            next(member for member in members if member.url == asked).stop()
-            await eventually(lambda: one.source._client._url() != asked, "another member", 15)
+            first.stop()
+            await eventually(lambda: one.source._client._url() != first.url, "another member", 15)
             await eventually(lambda: one.fault is None and one.unannounced is None, "recovery", 15)
-            third = await Follower(
-                replace(node_config(members[0], 3), discovery=settings[0].discovery)
-            ).start()
+            third = await Follower(settings[2]).start()
             await eventually(lambda: one.ids == {"n2", "n3"}, "what happens afterwards", 15)
             await third.stop()
             assert two.ids >= {"n1"}

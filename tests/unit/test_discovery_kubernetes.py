@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from forwarder.discovery.kube_nodes import (
 from forwarder.discovery.kubernetes import KubernetesSource
 from forwarder.faults import ConfigError
 from forwarder.node import identify
-from forwarder.peers import PeerRecord
+from forwarder.peers import FEATURES, PeerRecord
 from forwarder.registry import Refusal
 from tests.etcd_server import eventually
 from tests.kube_api import KubeApi, node
@@ -130,6 +131,16 @@ def test_our_annotations_say_the_record() -> None:
     (said,) = read_ours(node("two", *CIDRS, annotations=write_ours(RECORD))).values()
     assert said == RECORD
     assert read_ours(node("two", *CIDRS)) == {}
+
+
+def test_features_are_told_and_unknown_ones_left_alone() -> None:
+    able = replace(RECORD, features=FEATURES)
+    annotations = write_ours(able)
+    (said,) = read_ours(node("two", *CIDRS, annotations=annotations)).values()
+    assert said == able
+    annotations["podloom.dev/features"] += ",teleport"
+    (said,) = read_ours(node("two", *CIDRS, annotations=annotations)).values()
+    assert said == able
 
 
 def test_flannels_annotations_say_a_peer_for_each_ip_version() -> None:

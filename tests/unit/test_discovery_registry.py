@@ -111,6 +111,28 @@ def test_what_was_refused_for_anothers_sake_stands_when_that_leaves() -> None:
     assert reasons(subject) == []
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_peers_may_swap_what_they_have(at_once: bool) -> None:
+    subject = registry()
+    subject.replace({"a": peer(2), "b": peer(3)})
+    two = peer(2, endpoint="198.18.0.3", prefixes=("10.100.3.0/24",))
+    three = peer(3, endpoint="198.18.0.2", prefixes=("10.100.2.0/24",))
+    if at_once:
+        assert subject.replace({"a": two, "b": three}) == {"n2": two, "n3": three}
+    else:
+        assert subject.upsert("a", two) == {}
+        assert reasons(subject) != []
+        assert subject.upsert("b", three) == {"n2": two, "n3": three}
+    assert reasons(subject) == []
+
+
+def test_who_stands_is_not_put_out_by_who_comes() -> None:
+    subject = registry()
+    subject.replace({"b": peer(3)})
+    assert subject.replace({"a": peer(2, prefixes=("10.100.3.0/24",)), "b": peer(3)}) == {}
+    assert reasons(subject) == ['a.prefixes[0] = "10.100.3.0/24": must not overlap 10.100.3.0/24 of b']
+
+
 def test_one_more_than_fit_waits_for_a_place() -> None:
     subject = registry(capacity=2)
     subject.replace({f"k{number}": peer(number) for number in (2, 3, 4)})
