@@ -66,6 +66,7 @@ def _compare(chosen: options.Options, errors: Console) -> int:
             "rounds": chosen.rounds,
             "seconds": chosen.seconds,
             "busy_when_idle": session.busy_when_idle,
+            "generator_packets_per_second": session.generator,
         },
         rows=report.make_rows(session.samples),
         troubles=session.troubles,
@@ -110,7 +111,7 @@ def _print(comparison: report.Comparison) -> None:
         console.width = FILE_WIDTH
     for grid in report.make_grids(comparison):
         table = Table(title=f"wire {grid.wire}: {wire.ABOUT[grid.wire]} ({grid.title})", show_lines=True)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for heading in grid.headings:
             table.add_column(heading, justify="right")
         for system, cells in grid.lines:

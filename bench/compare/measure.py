@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.compare import load
-from bench.compare.pods import Pair, run, start
+from bench.compare.pods import Pair, ip, run, start
 from forwarder.demo import netns
-from forwarder.demo.lab import LabError
+from forwarder.demo.lab import Lab, LabError
 
 ALLOWED_LOSS = 0.01
 SEARCH_STEPS = 6
@@ -98,6 +98,24 @@ def udp(size: int, pair: Pair, seconds: float) -> Values:
         flat_out = offer(0)
         delivered = flat_out.delivered if flat_out.loss < ALLOWED_LOSS else _search(offer, flat_out)
     return {f"udp{size}": delivered, f"udp{size}_offered": flat_out.offered}
+
+
+def generator_limit(lab: Lab, size: int, seconds: float) -> float:
+    """Datagrams a second that the generator sends over a veth pair to nobody: they have a MAC address that is
+    not there, and are dropped where they arrive."""
+    namespace = lab.add_namespace(f"sink{size}")
+    ip(
+        namespace,
+        """link add sink type veth peer name drain
+           link set sink up
+           link set drain up
+           address add 192.0.2.1/24 dev sink
+           neighbour add 192.0.2.2 lladdr 02:00:00:00:00:02 dev sink nud permanent""",
+    )
+    with closing(netns.open_socket(namespace, socket.AF_INET, socket.SOCK_DGRAM)) as sender:
+        sender.connect(("192.0.2.2", 9))
+        sent, took = load.offer(sender.fileno(), size, 0, seconds)
+    return sent / took
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def _cell(rows: dict[tuple[str, str], Row], system: str, metric: str) -> tuple[s
     row = rows.get((system, metric))
     if row is None:
         return ("-",)
-    # A rate at which the generator gave out is a floor, not a figure.
+    # If nothing is lost at the most that one sender can offer there, more senders might get more.
     offered = rows.get((system, f"{metric}_offered"))
     floor = "≥ " if offered is not None and row.median > offered.median * 0.98 else ""
     lines = [f"{floor}{short(row.median)}"]
@@ -196,12 +196,18 @@ def _cell(rows: dict[tuple[str, str], Row], system: str, metric: str) -> tuple[s
 
 
 def legend(host: dict[str, Any]) -> str:
-    return (
-        f"Medians of {host['rounds']} rounds of {host['seconds']} s each; x: times {YARDSTICK}'s; "
-        "a-b: lowest and highest round; ≥: the generator gave out first. UDP is what arrives at less than 1% "
-        "loss, each datagram sent as a packet of its own. CPU seconds are for each GB of TCP payload: of the "
-        "whole machine, and of the processes that forward."
+    said = (
+        f"Medians of {host['rounds']} rounds of {host['seconds']} s each; x: times {YARDSTICK}'s; a-b: the "
+        "lowest and the highest round. CPU seconds are for each GB of TCP payload: of the whole machine, and "
+        "of the processes that forward."
     )
+    if alone := host.get("generator_packets_per_second"):
+        most = " and ".join(f"{rate / 1e3:.0f}k ({METRICS[name].title})" for name, rate in alone.items())
+        said += (
+            " UDP is what arrives at less than 1% loss, each datagram sent by one thread as a packet of its "
+            f"own; alone that thread sends {most} a second. ≥: nothing was lost however fast it sent."
+        )
+    return said
 
 
 def markdown(comparison: Comparison, wires: dict[str, str], systems: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from bench.compare.options import Options
 from bench.compare.pods import Pair
 from bench.compare.report import Sample, Trouble
 from bench.compare.systems import SYSTEMS
-from forwarder.demo.lab import LabError
+from forwarder.demo.lab import Lab, LabError
 
 MEASURE: dict[str, Callable[[Pair, float], measure.Values]] = {
     "tcp1": partial(measure.tcp, 1),
@@ -45,7 +45,11 @@ class Session:
         self.busy_when_idle: dict[str, float] = {}
         """By wire: the share of the CPUs that was busy with every system up and nothing offered."""
 
+        self.generator: dict[str, float] = {}
+        """Datagrams a second that it sends if nothing is in its way."""
+
     def run(self) -> None:
+        self._measure_generator()
         for wire in self._options.wires:
             with ExitStack() as stack:
                 pairs = self._set_up(wire, stack)
@@ -56,6 +60,15 @@ class Session:
                 for number in range(self._options.rounds):
                     for name in self._options.measurements:
                         self._measure(wire, number, name, pairs)
+
+    def _measure_generator(self) -> None:
+        sizes = [int(name.removeprefix("udp")) for name in self._options.measurements if "udp" in name]
+        if not sizes:
+            return
+        with Lab(f"compare-{os.getpid():x}-generator") as lab:
+            for size in sizes:
+                self.generator[f"udp{size}"] = round(measure.generator_limit(lab, size, 1.0))
+        self._tell(f"the generator alone, datagrams a second: {self.generator}")
 
     def _set_up(self, wire: str, stack: ExitStack) -> dict[str, Pair]:
         pairs = {}

@@ -20,6 +20,7 @@ from bench.compare.report import (
     Sample,
     Trouble,
     as_json,
+    legend,
     make_grids,
     make_rows,
     markdown,
@@ -98,7 +99,7 @@ class TestTables:
         assert dict(grid.lines) == {"a": [("1.00",), ("-",)], "b": [("-",), ("1.00",)]}
 
     @pytest.mark.parametrize(("offered", "shown"), [(100, "≥ 100"), (150, "100")])
-    def test_a_rate_the_generator_could_not_exceed_is_a_floor(self, offered: float, shown: str) -> None:
+    def test_a_rate_that_nothing_was_lost_at_is_a_floor(self, offered: float, shown: str) -> None:
         given = samples("ours", "udp64", 100) + samples("ours", "udp64_offered", offered)
         (grid,) = make_grids(comparison(given))
         assert grid.lines == [("ours", [(shown,)])]
@@ -138,6 +139,12 @@ class TestTables:
     )
     def test_short(self, value: float, text: str) -> None:
         assert short(value) == text
+
+
+def test_the_legend_tells_the_generators_limit_if_there_was_one() -> None:
+    assert "thread" not in legend(HOST)
+    alone = {"udp64": 612_345, "udp1400": 500_000}
+    assert "612k (UDP 64 B) and 500k (UDP 1400 B)" in legend(HOST | {"generator_packets_per_second": alone})
 
 
 def test_json_has_what_is_promised() -> None:
