@@ -12,6 +12,7 @@ cdef extern from "<errno.h>" nogil:
         EIO
         EMSGSIZE
         ENOBUFS
+        ENOMEM
         ENOSYS
 
 

@@ -27,6 +27,8 @@ from fastpath.linux cimport (
     AF_INET,
     EAGAIN,
     EINTR,
+    ENOBUFS,
+    ENOMEM,
     ENOSYS,
     epoll_event,
 )
@@ -256,9 +258,7 @@ cdef class Pump:
             else:
                 used += (HEADROOM + n + 63) & ~63
         self.sender.flush()
-        if n < 0 and n != -EAGAIN and n != -EINTR and frames == 0:
-            return <int> n
-        return frames
+        return <int> n if n < 0 and frames == 0 and not is_passing(<int> n) else frames
 
     cdef int encap_frame(self, uint8_t *buffer, size_t length, uint32_t *packets) noexcept nogil:
         """Post the frame's datagrams; 0 or the Drop. It stays in the arena until the sender's flush.
@@ -318,7 +318,7 @@ cdef class Pump:
         cdef int i
         cdef Received message
         if n < 0:
-            return 0 if n == -EAGAIN or n == -EINTR else n
+            return 0 if is_passing(n) else n
         receiver.budget = BATCH
         for i in range(n):
             message = received(self.inbox, i)
@@ -407,6 +407,11 @@ cdef class Pump:
             return DROP_TUNNEL_OPTIONS  # the option speaks of a checksum that is not there
         self.writer.put(&info, slot, partial)
         return 0
+
+
+cdef inline bint is_passing(int failure) noexcept nogil:
+    """Nothing there, or nothing to be had just now: the descriptor itself is sound."""
+    return failure in (-EAGAIN, -EINTR, -ENOBUFS, -ENOMEM)
 
 
 cdef int watch(Pump pump, int fd) except -1:

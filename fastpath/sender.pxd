@@ -27,6 +27,7 @@ cdef enum:
     PIECES = 1024                       # UIO_MAXIOV, though no run comes near it
     BLOCK_BYTES = PARTIAL_HEADER + SEGMENT_HEADERS
     BLOCKS = PIECES // 2
+    UPLINK_REFUSALS = 16                # in a row, until the uplink is given up
     SOCKETS = 16                        # of each family
 
 
@@ -56,6 +57,7 @@ cdef class Sender:
     cdef int max_segments               # 1 when UDP_SEGMENT is off
     cdef int uplink_fd                  # a TAP that takes tunnel GSO, -1 if there is none
     cdef bint uplink                    # whether it is used
+    cdef int uplink_refusals            # in a row
     cdef uint8_t uplink_mac[6]
 
     cdef uint32_t key(self, int slot, uint32_t flow, int ecn) noexcept nogil

@@ -114,12 +114,15 @@ cdef class Sender:
             self.flush()
             written = self._write_uplink(key, ecn, cut)
             if written >= 0:
+                self.uplink_refusals = 0
                 header_bytes = TUNNEL_HEADER + cut.headers
                 self._count(key, cut.count, <uint64_t> cut.count * header_bytes + cut.payload)
                 return 0
             if written != -EINVAL:
                 return send_drop(<int> written)
-            self.uplink = False  # this kernel takes no such frame: cut it ourselves
+            # Cut it ourselves; and all later ones, if it was not only this frame that was refused.
+            self.uplink_refusals += 1
+            self.uplink = self.uplink_refusals < UPLINK_REFUSALS
         if partial:
             key |= KEY_PARTIAL
         header_bytes = tunnel_bytes(key) + cut.headers
