@@ -295,12 +295,26 @@ class TestUplink:
 
     @pytest.mark.parametrize("at", range(5))
     def test_one_is_no_superframe_to_it(self, encap: Encap, at: int) -> None:
-        """EINVAL: that one is cut, and all that come after."""
+        """EINVAL: that one is cut. The next goes up again."""
         (outcome,) = encap(
             Batch(self.messages(), writes=[Refusal(errno.EINVAL, first=at, times=1)]), uplink=True
         )
-        assert self.inside(outcome) == self.whole(self.WHOLE[:at])
-        assert outcome.delivered == self.cut(self.WHOLE[at:])
+        assert self.inside(outcome) == self.whole(self.WHOLE[:at] + self.WHOLE[at + 1 :])
+        assert outcome.delivered == self.cut(self.WHOLE[at : at + 1])
+        assert outcome.dropped == {}
+        assert outcome.offloads["uplink"]
+
+    def test_a_row_of_refusals_gives_it_up(self, encap: Encap) -> None:
+        many = tuple(SUPERFRAME.but(sequence=10_000 * number) for number in range(1, 21))
+        (outcome,) = encap(
+            Batch(
+                [packet.superframe(100) for packet in many],
+                writes=[Refusal(errno.EINVAL, first=0, times=16)],
+            ),
+            uplink=True,
+        )
+        assert outcome.uplink == []
+        assert outcome.delivered == self.cut(many)
         assert outcome.dropped == {}
         assert not outcome.offloads["uplink"]
 
