@@ -37,7 +37,7 @@ def _status(status: dict[str, Any]) -> list[Any]:
         ("links", f"{status['links']['bridge']}, {status['links']['tap']}, MTU {status['mtu']}"),
         ("encapsulation", f"{status['encapsulation']}, VNI {status['vni']}"),
         ("UDP ports", f"geneve {status['ports']['geneve']}, vxlan {vxlan}"),
-        ("peers", f"{status['peers']} from {discovery['source']}, {_age(discovery['age_seconds'])}"),
+        ("peers", f"{status['peers']} from {discovery['source']}, {_age(discovery)}"),
     ):
         facts.add_row(name, value)
     for name, offload in status["offloads"].items():
@@ -45,6 +45,8 @@ def _status(status: dict[str, Any]) -> list[Any]:
     parts: list[Any] = [facts]
     if discovery["fault"]:
         parts.append(Text(f"the peers are not up to date: {discovery['fault']}", style="bold red"))
+    if discovery["unannounced"]:
+        parts.append(Text(discovery["unannounced"], style="bold red"))
     parts.append("")
     counters = Table("", "received", "forwarded", "bytes", box=None)
     for column in counters.columns[1:]:
@@ -115,8 +117,13 @@ def _optional(number: int | None) -> str:
     return "" if number is None else str(number)
 
 
-def _age(seconds: float | None) -> str:
-    return "never known" if seconds is None else f"known for {_duration(seconds)}"
+def _age(discovery: dict[str, Any]) -> str:
+    seconds = discovery["age_seconds"]
+    if seconds is None:
+        return "never known"
+    if discovery["stored"]:
+        return f"as they were kept on disk {_duration(seconds)} ago"
+    return f"known for {_duration(seconds)}"
 
 
 def _duration(seconds: float) -> str:

@@ -132,6 +132,9 @@ def test_a_daemon_that_starts_without_etcd_goes_on_with_the_peers_of_last_time(l
     assert status["prefixes"] == before
     assert status["discovery"]["stored"] is True
     assert 0 < status["discovery"]["age_seconds"] < 120
+    command = [sys.executable, "-m", "forwarder", "status", "--socket", str(one.control_socket)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout
+    assert "1 from etcd, as they were kept on disk" in shown
     assert peers(lab, one) == ["n2"]
     assert pods_ping(lab, 1.0) == ()
     lab.etcd.start()

@@ -125,7 +125,13 @@ STATUS: dict[str, Any] = {
     "vni": 1,
     "ports": {"geneve": 6081, "vxlan": []},
     "peers": 0,
-    "discovery": {"source": "static", "age_seconds": None, "fault": "peer[0].id: [links] [/bold]"},
+    "discovery": {
+        "source": "static",
+        "stored": False,
+        "age_seconds": None,
+        "fault": "peer[0].id: [links] [/bold]",
+        "unannounced": "the others are not told of this node: [etcd]",
+    },
     "counters": {
         "encap": {"received": 1234567, "forwarded": 1, "forwarded_bytes": 2},
         "decap": {"received": 0, "forwarded": 0, "forwarded_bytes": 0},
@@ -141,6 +147,7 @@ def test_status_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
         "up 1 d 2 h",
         "geneve 6081, vxlan none",
         "0 from static, never known",
+        "the others are not told of this node: [etcd]",
         "off: the kernel lacks it",
         "the peers are not up to date: peer[0].id: [links] [/bold]",
         "1,234,567",
