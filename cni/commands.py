@@ -100,7 +100,6 @@ def add(
             raise CniError(
                 Code.TRY_AGAIN_LATER, f"the bridge {network.bridge} is missing; is `podloom up` running?"
             )
-        netlink.keep_bridges_to_themselves()
         undo.callback(store.forget, attachment)
         given = _reserve(request, conf, network, store, clock())
         mac = conf.mac or (_mac_of(given.leases) if given else _mac("02", _digest(attachment)))

@@ -364,21 +364,6 @@ def ipv6_present() -> bool:
     return Path("/proc/sys/net/ipv6").exists()
 
 
-def keep_bridges_to_themselves() -> None:
-    """Keep br_netfilter, where it is loaded, from passing what crosses a bridge to iptables.
-
-    Pods are routed: what they send passes the IP stack anyway. br_netfilter would rewrite a Service's address
-    on the bridge already and hand the frame to the other port, where isolation ends it.
-    """
-    for name in ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables"):
-        path = Path("/proc/sys/net/bridge") / name
-        try:
-            if path.read_text().strip() != "0":
-                path.write_text("0")
-        except FileNotFoundError:
-            return
-
-
 def set_link_sysctls(ifname: str, settings: Mapping[str, int]) -> None:
     """Write /proc/sys/net/<family>/conf/<ifname>/<key>, keyed `ipv4.key` or `ipv6.key`, in this thread's
     namespace. A family or key the kernel does not have is left out: there is nothing to be set then."""

@@ -76,6 +76,7 @@ class NodeConfig:
     router_mac: bytes | None = None
     state_dir: Path = Path("/var/lib/podloom")
     run_dir: Path = Path(DEFAULT_RUN_DIR)
+    ip_masquerade: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,11 @@ class TunnelConfig:
     @property
     def features(self) -> tuple[str, ...]:
         return (REMOTE_CHECKSUM,) if self.remote_checksum else ()
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The UDP ports on which this node takes datagrams of tunnels."""
+        return (self.geneve_port, *self.vxlan_ports)
 
     def port(self, encapsulation: str) -> int:
         """The UDP port this cluster uses for an encapsulation, when nothing else is said."""
@@ -320,6 +326,8 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 #router_mac = "02:00:00:00:00:01"
 #state_dir = "{NodeConfig.__dataclass_fields__["state_dir"].default}"
 #run_dir = "{NodeConfig.__dataclass_fields__["run_dir"].default}"
+# true gives what pods send out of the cluster this node's own address; among pods never. Needs nftables.
+#ip_masquerade = {_toml(NodeConfig.__dataclass_fields__["ip_masquerade"].default)}
 
 [tunnel]
 # What peers are sent unless their record says otherwise: "geneve" or "vxlan". Both are always received.
@@ -611,6 +619,7 @@ _NODE: Final = {
     "router_mac": _MAC,
     "state_dir": kind_of(str, _ABSOLUTE, _directory),
     "run_dir": kind_of(str, _ABSOLUTE, _run_directory),
+    "ip_masquerade": kind_of(bool, "must be true or false"),
 }
 _TUNNEL: Final = {
     "encapsulation": one_of(*ENCAPSULATIONS),

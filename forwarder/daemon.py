@@ -27,7 +27,7 @@ import uvloop
 
 from cni.service import CniService, NodeNetwork, read_records
 from cni.store import StoreError
-from forwarder import links, paths
+from forwarder import links, masquerade, paths
 from forwarder.addresses import Address, Network, format_mac, gateway_of
 from forwarder.config import SECTIONS, Config, DiscoveryConfig, load
 from forwarder.control.messages import Request
@@ -40,6 +40,7 @@ from forwarder.discovery.kubernetes import KubernetesSource
 from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
 from forwarder.links import LinkError
+from forwarder.masquerade import MasqueradeError
 from forwarder.names.kube_services import KubeServices
 from forwarder.names.pods import pods_of
 from forwarder.names.records import Replace
@@ -115,7 +116,7 @@ def run(path: Path) -> int:
         for fault in error.faults:
             log.error("%s: %s", path, fault)
         return 2
-    except (StartError, LinkError, DataPlaneError, IdentityError, NamesError) as error:
+    except (StartError, LinkError, MasqueradeError, DataPlaneError, IdentityError, NamesError) as error:
         log.error("%s", error)
         return 1
     return 0
@@ -211,6 +212,7 @@ class Daemon:
             # Sockets before links: a port in use is the likeliest failure, and then nothing was made yet.
             self._dataplane = DataPlane(data_plane_settings(self._config, wiring), tap.fileno(), self._fail)
             stack.callback(self._dataplane.close)
+            await asyncio.to_thread(set_masquerade, self._config, wiring)
             for operation in await asyncio.to_thread(links.ensure, wiring):
                 log.debug("%s", operation)
             await self._open_uplink(stack)
@@ -283,6 +285,7 @@ class Daemon:
     async def _remove_links(self) -> None:
         if not self._config.links.keep_on_exit:
             await asyncio.to_thread(links.remove, self._wiring)
+            await asyncio.to_thread(masquerade.remove, self._wiring)
 
     # Peers
 
@@ -722,6 +725,7 @@ def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:
         prefixes=config.node.prefixes,
         cluster_cidrs=config.cluster.cidrs,
         ipv6_available=links.ipv6_available(),
+        bridge_netfilter=links.bridge_netfilter(),
     )
     if not wiring.usable_prefixes:
         raise StartError(
@@ -735,6 +739,13 @@ def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:
             "raise the underlay's MTU or use only IPv4 prefixes"
         )
     return wiring, mtus
+
+
+def set_masquerade(config: Config, wiring: Wiring) -> None:
+    if config.node.ip_masquerade:
+        masquerade.ensure(wiring, config.tunnel.ports)
+    else:
+        masquerade.remove(wiring)
 
 
 def data_plane_settings(config: Config, wiring: Wiring) -> Settings:
@@ -764,6 +775,7 @@ def node_network(config: Config, wiring: Wiring) -> NodeNetwork:
         cluster_cidrs=wiring.cluster_cidrs,
         # One superframe of a pod is then one send: more segments would not fit into one datagram.
         gso_max_segs=MAX_DATAGRAM_BYTES // (wiring.mtu_bytes + INNER_HEADER_BYTES + OPTION_BYTES),
+        tunnel_ports=config.tunnel.ports,
     )
 
 

@@ -84,6 +84,11 @@ def ipv6_available() -> bool:
         return False
 
 
+def bridge_netfilter() -> bool:
+    """Whether br_netfilter is loaded, and can be set for this namespace."""
+    return (SYSCTL_ROOT / "net/bridge").is_dir()
+
+
 def open_tap(name: str, node_id: str, router_mac: bytes) -> Any:
     """The node's TAP, as `open_device`. It reads as frames to the router MAC."""
     tap = open_device(name, node_id)

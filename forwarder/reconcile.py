@@ -68,7 +68,8 @@ class KernelState:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """One node's place in its kernel. Of a host without IPv6 nothing is asked that needs it."""
+    """One node's place in its kernel. Of a host without IPv6, or without br_netfilter loaded, nothing is
+    asked that needs it."""
 
     node_id: str
     bridge: str
@@ -80,6 +81,7 @@ class Wiring:
     prefixes: tuple[Network, ...]
     cluster_cidrs: tuple[Network, ...]
     ipv6_available: bool
+    bridge_netfilter: bool
 
     @property
     def usable_prefixes(self) -> tuple[Network, ...]:
@@ -169,6 +171,13 @@ def _sysctls(wiring: Wiring) -> dict[str, str]:
             f"net/ipv6/conf/{bridge}/accept_dad": "0",
             "net/ipv6/conf/all/forwarding": "1",
         }
+    if wiring.bridge_netfilter:
+        # Pods are routed: what they send passes iptables in the IP stack anyway. br_netfilter would rewrite
+        # a Service's address on the bridge already and hand the frame to the other pod's port, where
+        # isolation ends it. The kernel filters a bridge if this or the bridge's own attribute says so, so 0
+        # there would not win; another bridge that is to be filtered can say 1 for itself.
+        switches = {4: "bridge-nf-call-iptables", 6: "bridge-nf-call-ip6tables"}
+        values |= {f"net/bridge/{switches[version]}": "0" for version in sorted(wiring.families)}
     return values
 
 

@@ -589,6 +589,8 @@ def _config(node: Node, own: PeerRecord, etcd_url: str | None) -> str:
         "endpoints": own.endpoints,
         "state_dir": str(node.directory / "state"),
         "run_dir": str(node.control_socket.parent),
+        # There is nothing outside the lab's cluster, so it need not have nftables.
+        "ip_masquerade": False,
     }
     if etcd_url is None:
         node_table["prefixes"] = own.prefixes

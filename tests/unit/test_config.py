@@ -79,7 +79,7 @@ def test_minimal_file_gets_the_defaults() -> None:
     assert parsed.cluster == ClusterConfig((ip_network("10.42.0.0/16"), ip_network("fd42::/48")), vni=1)
     assert parsed.node.endpoints == (ip_address("192.0.2.1"), ip_address("2001:db8::1"))
     assert (parsed.node.id, parsed.node.router_mac) == (None, None)
-    assert parsed.tunnel == TunnelConfig("geneve", 6081, (4789,), "strict", 0)
+    assert parsed.tunnel == TunnelConfig("geneve", 6081, (4789,), "strict", False)
     assert parsed.links == LinksConfig("loom0", "loom-tap", "loom-up", 2000, True)
     assert parsed.discovery == DiscoveryConfig("static", Path("/etc/podloom/peers.toml"))
     assert parsed.socket_path == Path("/run/podloom/control.sock")
@@ -194,6 +194,7 @@ FAULTS: list[tuple[str, str, Any, str, str]] = [
     ("node", "router_mac", "00:00:00:00:00:00", "", MAC + "; this is all zero"),
     ("node", "state_dir", "var", "", "must be an absolute path"),
     ("node", "run_dir", "/" + "r" * 94, "", "must be at most 94 bytes: a socket's path is limited"),
+    ("node", "ip_masquerade", "yes", "", "must be true or false"),
     ("tunnel", "encapsulation", "gre", "", ENCAPSULATION),
     ("tunnel", "geneve_port", 0, "", PORT),
     ("tunnel", "geneve_port", 4789, "", "must not be one of tunnel.vxlan_ports"),

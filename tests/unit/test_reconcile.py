@@ -41,6 +41,7 @@ WIRING = Wiring(
     prefixes=(ip_network("10.42.1.0/24"), ip_network("fd42:0:0:1::/64")),
     cluster_cidrs=(ip_network("10.42.0.0/16"), ip_network("fd42::/48")),
     ipv6_available=True,
+    bridge_netfilter=True,
 )
 WANTED = wanted(WIRING)
 FRESH_TAP = Link(kind="tun", alias="podloom:a", mac="16:33:3b:0e:f0:f9", mtu_bytes=1500, up=False)
@@ -138,7 +139,18 @@ def test_a_host_without_ipv6_is_asked_for_ipv4_only() -> None:
     state = wanted(replace(WIRING, ipv6_available=False))
     assert state.addresses == {"loom0": {ip_interface("10.42.1.1/24")}}
     assert {route.destination.version for route in state.routes} == {4}
-    assert not [path for path in state.sysctls if "ipv6" in path]
+    assert not [path for path in state.sysctls if "ipv6" in path or "ip6" in path]
+
+
+def test_br_netfilter_is_kept_off_where_it_is_loaded() -> None:
+    assert {path: value for path, value in WANTED.sysctls.items() if "bridge" in path} == {
+        "net/bridge/bridge-nf-call-iptables": "0",
+        "net/bridge/bridge-nf-call-ip6tables": "0",
+    }
+    state = wanted(replace(WIRING, ipv6_available=False))
+    assert [path for path in state.sysctls if "bridge" in path] == ["net/bridge/bridge-nf-call-iptables"]
+    state = wanted(replace(WIRING, bridge_netfilter=False))
+    assert not [path for path in state.sysctls if "bridge" in path]
 
 
 def test_a_cluster_of_one_node_needs_no_cluster_route() -> None:
