@@ -216,6 +216,7 @@ def test_tcp_goes_on_over_a_path_that_shrinks(
         assert (path_mtu(one), path_routes(one), pod_mtu(network, inside)) == (None, {}, None)
         network.set_mtu(place, SHORT)
         until(lambda: path_mtu(one) == SHORT, "the path MTU")
+        assert one.ask("peers")[0]["mtu"] == SHORT - OVERHEAD[underlay]
         until(lambda: pod_mtu(network, inside) == SHORT - OVERHEAD[underlay], "ICMP to the pod")
         assert path_routes(one) == dict.fromkeys(prefixes, SHORT - OVERHEAD[underlay])
         transfer.goes_on()
