@@ -38,6 +38,7 @@ class KubeApi:
         self.token = ""
         self.refuse_patches = False
         self.silent = False
+        self.nonsense: str | None = None
         self.url = ""
         self._version = 100
         self._oldest = 0
@@ -109,6 +110,8 @@ class KubeApi:
         self.requests.append((request.method, request.path, dict(request.query)))
         if self.silent:
             await asyncio.sleep(3600)
+        if self.nonsense is not None:
+            return web.Response(text=self.nonsense)
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             return _status(401, "Unauthorized")
         found: web.StreamResponse = await handler(request)

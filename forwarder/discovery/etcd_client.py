@@ -22,6 +22,7 @@ from forwarder.discovery.http import (
     open_session,
     read_body,
     read_lines,
+    sensible,
 )
 
 UNAUTHENTICATED: Final = 16  # google.rpc.Code
@@ -124,8 +125,9 @@ class EtcdClient:
                 },
                 LIST_SECONDS,
             )
-            revision = revision or int(answer["header"]["revision"])
-            page = [_key_value(item) for item in answer.get("kvs", ())]
+            with sensible(EtcdError, self._url()):
+                revision = revision or int(answer["header"]["revision"])
+                page = [_key_value(item) for item in answer.get("kvs", ())]
             found += page
             if not answer.get("more") or not page:
                 return tuple(sorted(found, key=lambda item: item.created)), revision
@@ -153,12 +155,15 @@ class EtcdClient:
 
     async def grant(self, seconds: int) -> int:
         """A new lease's id."""
-        return int((await self._ask("lease/grant", {"TTL": str(seconds)}))["ID"])
+        answer = await self._ask("lease/grant", {"TTL": str(seconds)})
+        with sensible(EtcdError, self._url()):
+            return int(answer["ID"])
 
     async def keep_alive(self, lease: int) -> bool:
         """Whether the lease was still there to be renewed."""
         answer = await self._ask("lease/keepalive", {"ID": str(lease)})
-        return int(answer.get("result", {}).get("TTL", 0)) > 0
+        with sensible(EtcdError, self._url()):
+            return int(answer["result"].get("TTL", 0)) > 0
 
     async def watch(
         self, prefix: str, revision: int, silence_seconds: float
@@ -181,7 +186,9 @@ class EtcdClient:
                 aclosing(read_lines(response)) as lines,
             ):
                 async for line in lines:
-                    yield _progress(line, revision)
+                    with sensible(EtcdError, url):
+                        progress = _progress(line, revision)
+                    yield progress
                     heard = True
         except aiohttp.SocketTimeoutError:
             if not heard:

@@ -6,7 +6,8 @@ import asyncio
 import json
 import socket
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,6 +74,15 @@ def tls_context(ca_file: Path | None, cert_file: Path | None, key_file: Path | N
             [Fault("discovery", named, f"must be certificates and a key in PEM: {error}")]
         ) from None
     return context
+
+
+@contextmanager
+def sensible(refuse: type[Exception], url: str) -> Iterator[None]:
+    """What an answer lacks, or has of a wrong kind, is raised as `refuse`: something else answers there."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise refuse(f"{url}: an answer that makes no sense: {error!r}") from None
 
 
 async def read_body(response: aiohttp.ClientResponse) -> bytes:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import aiohttp
 
@@ -28,6 +28,8 @@ from forwarder.discovery.http import (
     open_session,
     read_body,
     read_lines,
+    sensible,
+    tls_context,
 )
 from forwarder.faults import ConfigError, Fault
 
@@ -76,7 +78,10 @@ class KubeClient:
 
     async def node(self, name: str) -> dict[str, Any]:
         """A Node object."""
-        return await self._ask("GET", f"{NODES}/{name}", deadlines(REQUEST_SECONDS))
+        answer = await self._ask("GET", f"{NODES}/{quote(name, safe='')}", deadlines(REQUEST_SECONDS))
+        with sensible(KubeError, self._access.url):
+            _check(answer)
+        return answer
 
     async def objects(self, collection: str = NODES) -> tuple[list[dict[str, Any]], str]:
         """All objects of a collection, which is its path, and the version they are of."""
@@ -84,11 +89,14 @@ class KubeClient:
         query = {"limit": str(PAGE)}
         while True:
             answer = await self._ask("GET", f"{collection}?{urlencode(query)}", deadlines(LIST_SECONDS))
-            found += answer.get("items") or []
-            metadata = answer.get("metadata", {})
-            if not metadata.get("continue"):
-                return found, str(metadata["resourceVersion"])
-            query["continue"] = metadata["continue"]
+            with sensible(KubeError, self._access.url):
+                items, metadata = answer["items"] or [], answer["metadata"]
+                for item in items:
+                    _check(item)
+                found += items
+                if not metadata.get("continue"):
+                    return found, str(metadata["resourceVersion"])
+                query["continue"] = metadata["continue"]
 
     async def watch(
         self, version: str, seconds: int, collection: str = NODES
@@ -108,17 +116,20 @@ class KubeClient:
                 aclosing(read_lines(response)) as lines,
             ):
                 async for line in lines:
-                    if line["type"] == "ERROR":
-                        raise _error_of(line["object"])
-                    yield line["type"], line["object"]
+                    with sensible(KubeError, self._access.url):
+                        kind, changed = line["type"], line["object"]
+                        if kind == "ERROR":
+                            raise _error_of(changed)
+                        _check(changed, named=kind != "BOOKMARK")
+                    yield kind, changed
         except TimeoutError:
             raise KubeError(f"{self._access.url}: no answer in time") from None
-        except (aiohttp.ClientError, OSError, HttpError, KeyError) as error:
+        except (aiohttp.ClientError, OSError, HttpError) as error:
             raise KubeError(f"{self._access.url}: {str(error) or type(error).__name__}") from None
 
     async def patch_status(self, name: str, patch: Mapping[str, Any]) -> None:
         """Merge into a Node; its metadata and status can be changed so, and nothing else."""
-        path = f"{NODES}/{name}/status"
+        path = f"{NODES}/{quote(name, safe='')}/status"
         await self._ask("PATCH", path, deadlines(REQUEST_SECONDS), dict(patch))
 
     async def _ask(
@@ -153,6 +164,17 @@ class KubeClient:
         raise _error_of({"code": response.status, **status})
 
 
+def _check(item: Any, *, named: bool = True) -> None:
+    """TypeError or KeyError unless it is an object of the API, as far as all are alike."""
+    metadata = item["metadata"]
+    if not isinstance(metadata["name"] if named else "", str):
+        raise TypeError("metadata.name is no string")
+    if not isinstance(metadata.get("annotations") or {}, dict) or not isinstance(
+        item.get("spec") or {}, dict
+    ):
+        raise TypeError("metadata.annotations or spec is no object")
+
+
 def _error_of(status: Mapping[str, Any]) -> Exception:
     text = str(status.get("message") or f"status {status.get('code')}")
     return GoneError(text) if status.get("code") == GONE else KubeError(text)
@@ -170,7 +192,7 @@ def in_cluster(environment: Mapping[str, str] = os.environ, account: Path = SERV
         allowed = "must be a kubeconfig file: this process does not run in a pod with a service account"
         raise ConfigError([Fault(KUBECONFIG, "", allowed)])
     url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-    tls = ssl.create_default_context(cafile=account / "ca.crt")
+    tls = tls_context(account / "ca.crt", None, None)
     return Access(url, tls, token_file=account / "token")
 
 

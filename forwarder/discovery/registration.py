@@ -277,6 +277,6 @@ def _overlap(one: Network, other: Network) -> bool:
 
 def _endpoints(value: bytes) -> set[str]:
     try:
-        return set(json.loads(value)["endpoints"])
+        return set(map(str, json.loads(value)["endpoints"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         return set()

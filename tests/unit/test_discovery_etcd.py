@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from forwarder import config
 from forwarder.addresses import derive_mac
@@ -501,6 +502,58 @@ def test_a_leader_that_dies_is_left_for_another_member(tmp_path: Path) -> None:
     finally:
         for member in members:
             member.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "<html>",
+        "[]",
+        "{}",
+        '{"header": 7, "ID": "x", "result": 7}',
+        '{"header": {"revision": "x"}, "kvs": 7, "ID": "1"}',
+        '{"header": {"revision": "1"}, "kvs": [{"key": "%"}], "ID": "1", "result": {"events": [7]}}',
+        '{"error": 7, "code": "x"}',
+        '{"error": {"message": 7}}',
+    ],
+)
+def test_whatever_else_answers_in_etcds_place_is_trouble_and_no_more(answer: str) -> None:
+    asked = 0
+
+    async def reply(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return web.Response(text=answer)
+
+    async def story() -> None:
+        app = web.Application()
+        app.router.add_post("/{path:.*}", reply)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        text = f"""
+[cluster]
+cidrs = ["10.42.0.0/16"]
+[node]
+id = "n1"
+endpoints = ["192.0.2.1"]
+prefixes = ["10.42.1.0/24"]
+[discovery]
+source = "etcd"
+urls = ["http://127.0.0.1:{port}"]
+"""
+        try:
+            async with following(identify(config.parse(text))) as (one,):
+                await eventually(lambda: str(port) in str(one.fault), "the trouble")
+                await eventually(lambda: str(port) in str(one.unannounced), "that we are not announced")
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(story())
+    assert asked < 30
 
 
 def test_the_configuration_shown_is_the_one_meant(etcd: EtcdServer) -> None:

@@ -343,6 +343,33 @@ def test_an_absent_server_is_asked_at_intervals_and_found_again(tmp_path: Path) 
     asyncio.run(story())
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"items": 7}',
+        '{"items": [7], "metadata": {"resourceVersion": "1"}}',
+        '{"items": [], "metadata": {}}',
+        '{"items": [{"metadata": {"name": 7}}], "metadata": {"resourceVersion": "1"}}',
+        '{"items": [{"metadata": {"name": "x", "annotations": 7}}], "metadata": {"resourceVersion": "1"}}',
+    ],
+)
+def test_whatever_else_answers_in_the_api_servers_place_is_trouble(tmp_path: Path, answer: str) -> None:
+    async def story() -> None:
+        api = api_of(node("one", *CIDRS))
+        async with following(api, tmp_path) as one:
+            await eventually(lambda: one.fault is None, "the list")
+            api.nonsense = answer
+            await api.forget()
+            await eventually(lambda: one.fault is not None, "the trouble")
+            api.nonsense = None
+            await eventually(lambda: one.fault is None, "the end of it")
+
+    asyncio.run(story())
+
+
 def test_many_nodes_come_in_pages(tmp_path: Path) -> None:
     async def story() -> None:
         more = [
