@@ -62,19 +62,19 @@ def _build(name: str, directory: Path) -> Path:
 def compiler_of(module: ModuleType) -> str | None:
     """The compiler and flags an extension was built with, by its debug information; None if it has none."""
     assert module.__file__ is not None
-    dump = subprocess.run(
-        ["readelf", "--debug-dump=info", "--dwarf-depth=1", module.__file__],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["readelf", "--debug-dump=info", "--dwarf-depth=1", module.__file__]
+    try:
+        dump = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
     for line in dump.stdout.splitlines():
         if "DW_AT_producer" in line:
             return line.partition("): ")[2].strip()
     return None
 
 
-def is_optimised(compiler: str) -> bool:
-    """Whether the last -O of a compiler's flags is one that figures may be published from."""
+def is_unoptimised(compiler: str) -> bool:
+    """Whether the last -O of a compiler's flags is one that no figure should come from. Not every compiler
+    records its flags; PODLOOM_DEBUG's do."""
     levels = [flag for flag in compiler.split() if flag.startswith("-O")]
-    return bool(levels) and levels[-1] not in ("-O", "-O0", "-Og")
+    return bool(levels) and levels[-1] in ("-O0", "-Og")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fastpath.pump
-from bench.compiled import ROOT, compiler_of, is_optimised
+from bench.compiled import ROOT, compiler_of, is_unoptimised
 
 # program -> how it tells its version
 _PROGRAMS = {
@@ -29,7 +29,7 @@ class UnfitBuildError(Exception):
 def refuse_unfit_build() -> None:
     """Raise UnfitBuildError for a debug build, or one that is not the checkout's whose benchmarks run."""
     compiler = compiler_of(fastpath.pump)
-    if compiler is not None and not is_optimised(compiler):
+    if compiler is not None and is_unoptimised(compiler):
         raise UnfitBuildError(
             f"fastpath is a debug build (built by {compiler}): build it anew without PODLOOM_DEBUG"
         )

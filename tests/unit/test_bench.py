@@ -22,6 +22,19 @@ def test_translates(name: str, tmp_path: Path) -> None:
     assert Path(extension.sources[0]).stat().st_size > 0
 
 
+@pytest.mark.parametrize(
+    ("compiler", "unoptimised"),
+    [
+        ("GNU C11 12.2.0 -g -O3 -O3 -std=c11", False),
+        ("GNU C11 12.2.0 -g -O3 -O0 -std=c11", True),
+        ("GNU C11 12.2.0 -Og -g", True),
+        ("clang version 16.0.6", False),
+    ],
+)
+def test_a_debug_build_is_known_by_its_flags(compiler: str, unoptimised: bool) -> None:
+    assert compiled.is_unoptimised(compiler) is unoptimised
+
+
 class TestTraffic:
     @pytest.mark.parametrize(
         ("shape", "flows", "longest"),
