@@ -16,13 +16,16 @@ APT_TEST := containernetworking-plugins etcd-server ethtool git iproute2 openvsw
 APT_E2E  := busybox-static conntrack containerd containernetworking-plugins etcd-client etcd-server iptables \
             openssl podman runc socat
 
+# A load generator, and the systems that are compared.
+APT_COMPARE := iperf3 iproute2 openvswitch-switch wireguard-go wireguard-tools
+
 SOURCES := setup.py pyproject.toml $(wildcard fastpath/*.p[yx]* fastpath/*/*.p[yx]* fastpath/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-slow e2e lint bench lock clean
+.PHONY: help build demo test test-slow e2e lint bench bench-against compare lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 build: $(VENV)/built  ## compile the fast path and install podloom into .venv
 
@@ -43,11 +46,20 @@ lint: build  ## ruff, mypy --strict, cython-lint, import rule
 	@ruff check --quiet .
 	@ruff format --check --quiet .
 	@mypy
-	@cython-lint --quiet fastpath
+	@cython-lint --quiet fastpath bench
 	@$(PYTHON) -m pytest tests/architecture
 
 bench: build  ## pytest-benchmark over every stage, into bench-results/
-	@$(PYTHON) -m pytest bench --benchmark-only $(ARGS)
+	@mkdir -p bench-results
+	@$(PYTHON) -m pytest -o python_files='bench_*.py' bench --benchmark-only \
+	  --benchmark-json=bench-results/bench.json --benchmark-columns=median,iqr,rounds \
+	  --benchmark-sort=name --benchmark-max-time=0.5 $(ARGS)
+
+bench-against: build  ## this checkout and another revision in turns: REV=<commit>
+	@$(PYTHON) -m bench.against $(REV) $(ARGS)
+
+compare: $(VENV)/apt-compare build  ## podloom beside the kernel's VXLAN and others, end to end
+	@$(PYTHON) -m bench.compare $(ARGS)
 
 lock: $(VENV)/python  ## write requirements.lock anew from pyproject.toml's lower bounds
 	@rm -rf $(VENV)/lock && python3 -m venv $(VENV)/lock
@@ -78,6 +90,10 @@ $(VENV)/apt-run: Makefile
 
 $(VENV)/apt-test: Makefile
 	$(call apt-install,$(APT_TEST))
+	@mkdir -p $(VENV) && touch $@
+
+$(VENV)/apt-compare: Makefile
+	$(call apt-install,$(APT_COMPARE))
 	@mkdir -p $(VENV) && touch $@
 
 $(VENV)/apt-e2e: Makefile
