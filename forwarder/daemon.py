@@ -60,7 +60,7 @@ from forwarder.peers import (
     tables_for,
 )
 from forwarder.reconcile import Wiring, wanted
-from forwarder.registry import Delta, Registry
+from forwarder.registry import Delta, Registry, Said
 from forwarder.uplink import UplinkError, open_uplink
 from forwarder.version import podloom_version
 
@@ -335,13 +335,13 @@ class Daemon:
     async def _apply_from(self, source: Source, applied: Callable[[], None]) -> None:
         try:
             async for item in source.watch():
-                self._apply(item)
+                await self._apply(item)
                 if not isinstance(item, Announced):
                     applied()
         finally:
             applied()
 
-    def _apply(self, item: Item) -> None:
+    async def _apply(self, item: Item) -> None:
         state, now = self._discovery, time.monotonic()
         match item:
             case Announced(fault):
@@ -357,7 +357,7 @@ class Daemon:
             case Current():
                 pass
             case Snapshot(said):
-                self._take_over(self._registry.replace(said))
+                await self._replace(said)
                 self._unsaved.set()
             case Upsert(key, said):
                 self._take_over(self._registry.upsert(key, said))
@@ -365,6 +365,16 @@ class Daemon:
                 self._take_over(self._registry.remove(key))
         state.updated_at, state.stored_at, state.trouble = now, None, None
         self._tell_refusals()
+
+    async def _replace(self, said: Mapping[str, Said]) -> None:
+        # In a thread: packets would wait while thousands of records are judged.
+        judging = asyncio.ensure_future(asyncio.to_thread(self._registry.replace, said))
+        try:
+            await asyncio.shield(judging)
+        finally:
+            # Also when cancelled: the registry and the fast path must not part.
+            await asyncio.wait([judging])
+            self._take_over(judging.result())
 
     def _tell_refusals(self) -> None:
         refusals = tuple(map(str, islice(self._registry.faults, MAX_REFUSALS_TOLD)))

@@ -12,7 +12,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import islice
+from typing import Final, TypeAlias
 
 from forwarder.addresses import Address, Network
 from forwarder.faults import Fault
@@ -30,7 +31,13 @@ Said: TypeAlias = PeerRecord | Refusal
 Delta: TypeAlias = Mapping[str, PeerRecord | None]
 """By node id the record that stands now, None if none does any more; what did not change is absent."""
 
-OURS = "node.prefixes"
+OURS: Final = "node.prefixes"
+
+ANYBODY: Final = ""
+"""Whose leaving lets those in for whom there was no place."""
+
+MAX_TRIES: Final = 100
+"""Of refused records at one change: somebody may write as many as he likes."""
 
 
 class Registry:
@@ -42,6 +49,8 @@ class Registry:
         self._capacity = capacity
         self._standing: dict[str, PeerRecord] = {}
         self._refused: dict[str, tuple[PeerRecord | None, tuple[Fault, ...]]] = {}
+        self._waiting: dict[str, dict[str, None]] = {}
+        """By the key of a record, those that were refused for its sake, in the order they came."""
         self._before: dict[str, PeerRecord | None] = {}
         """By node id, what stood before the change under way."""
         self._keys: dict[str, str] = {}
@@ -64,7 +73,7 @@ class Registry:
         old = {key: record for key, record in self._standing.items() if said.get(key) != record}
         for key in old:
             self._leave(key)
-        self._refused = {}
+        self._refused, self._waiting = {}, {}
         for key in [key for key in said if key not in self._standing]:
             if not self._try(key, said[key]) and key in old:
                 self._stand_if_possible(key, old[key])
@@ -83,8 +92,8 @@ class Registry:
         if not self._try(key, said):
             for name, record in old.items():
                 self._stand(name, record)
-        elif old:
-            self._try_refused()
+        else:
+            self._try_waiting(old)
         return self._delta()
 
     def remove(self, key: str) -> Delta:
@@ -92,7 +101,7 @@ class Registry:
         self._refused.pop(key, None)
         if key in self._standing:
             self._leave(key)
-            self._try_refused()
+            self._try_waiting([key])
         return self._delta()
 
     def _delta(self) -> Delta:
@@ -107,16 +116,28 @@ class Registry:
         """The other keys that have what a record needs, if all have it only by their last good word."""
         if isinstance(said, Refusal) or not self._refused:
             return set()
-        owners = {self._keys[said.id]} if said.id in self._keys else set()
-        owners |= {self._endpoints[address] for address in said.endpoints if address in self._endpoints}
-        owners |= {owner for prefix in said.prefixes for _, owner in self._ranges.overlapping(prefix)}
-        owners.discard(key)
+        owners = self._owners(said) - {key}
         return owners if owners <= self._refused.keys() else set()
 
-    def _try_refused(self) -> None:
-        for key, (record, _) in list(self._refused.items()):
+    def _owners(self, record: PeerRecord) -> set[str]:
+        """The keys of the records that exclude this one."""
+        owners = {self._keys[record.id]} if record.id in self._keys else set()
+        owners |= {self._endpoints[address] for address in record.endpoints if address in self._endpoints}
+        return owners | {owner for prefix in record.prefixes for _, owner in self._ranges.overlapping(prefix)}
+
+    def _try_waiting(self, freed: Iterable[str]) -> None:
+        """Try what was refused for the sake of records that are no more, a bounded number of it."""
+        for owner in freed:
+            if owner in self._waiting:
+                self._waiting[ANYBODY] = self._waiting.pop(owner) | self._waiting.get(ANYBODY, {})
+        waiting = self._waiting.get(ANYBODY, {})
+        for key in list(islice(waiting, MAX_TRIES)):
+            if len(self._standing) >= self._capacity:
+                break
+            del waiting[key]
+            record, _ = self._refused.get(key, (None, ()))
             if record is None:
-                continue  # It is impossible whoever else there is.
+                continue  # It says something else by now.
             old = self._standing.get(key)
             if old is not None:
                 self._leave(key)
@@ -133,6 +154,8 @@ class Registry:
             return False
         if together := tuple(self._conflicts(key, said)):
             self._refused[key] = said, together
+            for owner in self._owners(said) or {ANYBODY}:
+                self._waiting.setdefault(owner, {})[key] = None
             return False
         self._refused.pop(key, None)
         self._stand(key, said)

@@ -165,10 +165,11 @@ class Checks:
         )
         self._tell("a node joins", not pings.lost and seconds < JOIN_SECONDS, detail)
         self._check_tables("tables with it")
+        self._lab.add_pod(node, "late")
 
     def kill_node(self) -> None:
         self._reserve_what_is_free()
-        victim = self._lab.nodes[1]
+        victim = self._dispensable()
         self._lab.kill(victim)
         self._killed_at, self._victim = time.monotonic(), victim
         deadline = self._killed_at + LEAVE_SECONDS
@@ -196,6 +197,14 @@ class Checks:
             time.sleep(0.1)
         self._check_tables("tables at the end")
         self.ping_pods()
+
+    def _dispensable(self) -> Node:
+        """A node without which there are still pods on two; the first only if no other is one."""
+        first, *others = self._lab.nodes
+        for node in others:
+            if len({pod.node.name for pod in self._lab.pods} - {node.name}) > 1:
+                return node
+        return first
 
     def _reserve_what_is_free(self) -> None:
         """So that the next node can have none but the dead one's."""
