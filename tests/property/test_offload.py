@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastpath.drops import DropReason
@@ -65,17 +65,14 @@ SIZE = st.integers(1, 300) | st.integers(1, 0xFFFF)
 class TestCut:
     @given(WITH_EXTRAS, SIZE)
     def test_equals_the_oracle(self, packet: Packet, size: int) -> None:
-        assume(len(packet.payload) <= 300 * size)  # the oracle takes its time
-        assume(packet.headers_length + len(packet.payload) <= 65_535)
+        size = max(size, len(packet.payload) // 300 + 1)  # the oracle takes its time
         virtio, frame = packet.superframe(size)
         assert answer(virtio, frame) == cut_oracle.cut(virtio, frame)
 
     @given(WITH_EXTRAS, st.integers(1, 0xFFFF))
     def test_no_byte_of_the_payload_is_lost_or_made_up(self, packet: Packet, size: int) -> None:
-        assume(packet.headers_length + len(packet.payload) <= 65_535)
         segments = cut(*packet.superframe(size))
-        assume(not isinstance(segments, DropReason))
-        assert not isinstance(segments, DropReason)
+        assert isinstance(segments, list)
         header = 14 + packet.headers_length
         assert b"".join(segment[header:] for segment in segments) == packet.payload
         assert len(segments) == -(-len(packet.payload) // size)
@@ -106,7 +103,6 @@ class TestCut:
     def test_garbage_is_refused_or_cut_within_its_bounds(
         self, packet: Packet, junk: bytes, data: st.DataObject
     ) -> None:
-        assume(packet.headers_length + len(packet.payload) <= 65_535)
         virtio, frame = packet.superframe(data.draw(st.integers(50, 0xFFFF)))
         at = data.draw(st.integers(14, 14 + packet.headers_length))
         frame = (frame[:at] + junk + frame[at + len(junk) :])[: data.draw(st.integers(0, len(frame)))]
@@ -127,7 +123,6 @@ class TestBothWays:
     @given(MERGEABLE, SIZE)
     def test_what_is_cut_merges_to_what_it_was(self, packet: Packet, size: int) -> None:
         size = max(size, -(-len(packet.payload) // 64))
-        assume(packet.headers_length + len(packet.payload) <= 65_535)
         segments = cut(*packet.superframe(size))
         assert isinstance(segments, list)
         if len(segments) == 1:
