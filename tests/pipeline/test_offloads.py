@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from tests.packets import build
 from tests.packets.transport import ACK, CWR, DESTINATION_OPTIONS, FIN, PSH, UDP, VIRTIO, Packet
 from tests.pipeline.harness import POD_MTU, VNI, Node, Wire, gateway_mac, join, pod, router_mac, wire_address
-from tests.reference import checksum, segment
+from tests.reference import checksum, journeys, segment
 
 MakeNode = Callable[..., Node]
 MakeWire = Callable[[str], Wire]
@@ -319,3 +320,76 @@ class TestCorruption:
         assert (NOTHING_ASKED, expected[wrong]) in written, "alone, and unmarked"
         assert as_packets(written) == expected
         assert len(written) == (2 if wrong in (0, 9) else 3), "the others are merged all the same"
+
+
+class TestGarbage:
+    """Superframes with bytes changed anywhere, in the virtio header too, are cut or dropped as the oracle says;
+    nothing is read or written beside them."""
+
+    @pytest.mark.parametrize(
+        "count", [20_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1_200)])]
+    )
+    def test_is_cut_or_dropped_as_the_oracle_says(
+        self, make_node: MakeNode, make_wire: MakeWire, count: int
+    ) -> None:
+        rng = random.Random(count)
+        node, wire = make_node(1, 4, senders=1), make_wire(wire_address(2, 4))
+        node.add_peer(1, 2, wire.port)
+        packets, refused, reasons = 0, 0, set()
+        for _ in range(count):
+            kind = rng.choice(list(KINDS.values())).but(payload=rng.randbytes(rng.choice((1, 700, 3_000))))
+            virtio, frame = kind.superframe(rng.choice((99, 536, 1_390, 1_440)))
+            virtio = mutated(virtio, rng, (0, 0, 1))
+            frame = mutated(frame, rng, (0, 1, 1, 3))[
+                : rng.choice((len(frame), len(frame), rng.randrange(200)))
+            ]
+            node.pods_send(frame, virtio)
+            node.pump.encap()
+            datagrams = [datagram.payload[8:] for datagram in wire.get_now()]
+            expected = encap(node, virtio, frame)
+            if isinstance(expected, tuple):
+                assert datagrams == []
+                refused += expected[1]
+                reasons.add(expected[0])
+            else:
+                assert but_for_checksums(virtio, datagrams) == but_for_checksums(virtio, expected)
+                packets += len(expected)
+        assert node.forwarded("encap") == packets
+        assert sum(node.dropped("encap").values()) == refused
+        assert {reason.lower() for reason in reasons} == set(node.dropped("encap"))
+        assert {"VIRTIO_HEADER", "TOO_BIG", "IP_MALFORMED", "INNER_SOURCE"} <= reasons
+        node.assert_counters_close()
+
+
+def mutated(data: bytes, rng: random.Random, changes: tuple[int, ...]) -> bytes:
+    """Some bytes changed, mostly among the headers."""
+    changed = bytearray(data)
+    for _ in range(rng.choice(changes)):
+        at = rng.randrange(min(len(changed), rng.choice((14, 100, 4_000))))
+        changed[at] = rng.choice((0, 0xFF, changed[at] ^ 1 << rng.randrange(8), rng.randrange(256)))
+    return bytes(changed)
+
+
+def encap(node: Node, virtio: bytes, frame: bytes) -> list[bytes] | tuple[str, int]:
+    """The inner frames that leave, or why none does and how many packets that is."""
+    unlimited = replace(node.oracle, peers={1: replace(node.oracle.peers[1], mtu=1 << 16)})
+    answer = journeys.encap(unlimited, virtio if virtio[1] == 0 else NOTHING_ASKED, frame)
+    if isinstance(answer, journeys.Dropped):
+        (reason,) = answer.reasons
+        return reason, 1
+    frames = [answer.datagram[8:]]
+    if virtio[1] != 0:
+        segments = segment.cut(virtio, frame)
+        if isinstance(segments, str):
+            return segments, 1
+        frames = [answer.datagram[8:20] + one[12:] for one in segments]
+    if len(frames[0]) - 14 > POD_MTU:
+        return "TOO_BIG", len(frames)
+    return frames
+
+
+def but_for_checksums(virtio: bytes, frames: list[bytes]) -> list[bytes]:
+    """A changed byte changes what a field's pseudo-header sum is worth: garbage has no right checksum."""
+    flags, _, _, _, start, offset = VIRTIO.unpack(virtio)
+    at = start + offset
+    return [frame[:at] + frame[at + 2 :] for frame in frames] if flags & 1 else frames

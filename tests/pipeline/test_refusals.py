@@ -292,6 +292,7 @@ class TestUplink:
         assert self.inside(outcome) == self.whole(self.WHOLE)
         assert outcome.delivered == []
         assert outcome.forwarded == 9 * len(self.WHOLE)
+        assert outcome.forwarded_bytes == sum(len(frame) - 14 for frame in self.cut(self.WHOLE))
 
     @pytest.mark.parametrize("at", range(5))
     def test_one_is_no_superframe_to_it(self, encap: Encap, at: int) -> None:
