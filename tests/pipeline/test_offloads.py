@@ -323,8 +323,8 @@ class TestCorruption:
 
 
 class TestGarbage:
-    """Superframes with bytes changed anywhere, in the virtio header too, are cut or dropped as the oracle says;
-    nothing is read or written beside them."""
+    """Superframes with bytes changed anywhere, in the virtio header too, are cut or dropped as the oracle
+    says, and nothing is read or written beside them."""
 
     @pytest.mark.parametrize(
         "count", [20_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1_200)])]
