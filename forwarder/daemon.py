@@ -34,14 +34,10 @@ from forwarder.control.messages import Request
 from forwarder.control.server import ControlServer, VerbError
 from forwarder.dataplane import MAX_SLOTS, DataPlane, DataPlaneError, Settings
 from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Source, Trouble, Upsert, stored
-from forwarder.discovery.etcd import EtcdSource
-from forwarder.discovery.kube_client import KubeClient, access_by
-from forwarder.discovery.kubernetes import KubernetesSource
 from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
 from forwarder.links import LinkError
 from forwarder.masquerade import MasqueradeError
-from forwarder.names.kube_services import KubeServices
 from forwarder.names.pods import pods_of
 from forwarder.names.records import Replace
 from forwarder.names.service import NamesError, NameService
@@ -515,6 +511,9 @@ class Daemon:
         follower.add_done_callback(log_failure)
         stack.callback(follower.cancel)
         if self._config.discovery.source == "kubernetes":
+            from forwarder.discovery.kube_client import KubeClient, access_by
+            from forwarder.names.kube_services import KubeServices
+
             client = KubeClient(access_by(self._config.discovery.kubeconfig))
             stack.push_async_callback(client.close)
             services = KubeServices(client, partial(names.apply, "kubernetes"))
@@ -693,10 +692,15 @@ class Daemon:
 def make_source(config: Config, stored_prefixes: tuple[Network, ...] = ()) -> Source:
     """The configured source; `stored_prefixes` are those that this node had when it ran last. ConfigError if
     a file that [discovery] names cannot be used."""
+    # The HTTP client is imported with the source that needs it: it is a fifth of a daemon's memory.
     match config.discovery.source:
         case "etcd":
+            from forwarder.discovery.etcd import EtcdSource
+
             return EtcdSource(config, stored_prefixes)
         case "kubernetes":
+            from forwarder.discovery.kubernetes import KubernetesSource
+
             return KubernetesSource(config, stored_prefixes)
         case _:
             return StaticSource(config)
