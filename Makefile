@@ -46,7 +46,7 @@ lint: build  ## ruff, mypy --strict, cython-lint, import rule
 	@ruff check --quiet .
 	@ruff format --check --quiet .
 	@mypy
-	@cython-lint --quiet fastpath bench
+	@cython-lint fastpath bench
 	@$(PYTHON) -m pytest tests/architecture
 
 bench: build  ## pytest-benchmark over every stage, into bench-results/
