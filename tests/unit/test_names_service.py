@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
@@ -67,9 +69,24 @@ def values(message: dns.message.Message) -> list[str]:
     return [str(rdata) for rrset in message.answer for rdata in rrset]
 
 
+def free_port() -> int:
+    """A port that neither UDP nor TCP uses on 127.0.0.1. Not of the kernel's choice: what it picks for one
+    is of the range that clients of the other have theirs from."""
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(10_000, ephemeral), 100):
+        with socket.socket(type=socket.SOCK_STREAM) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
+            try:
+                tcp.bind(("127.0.0.1", port))
+                udp.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("a hundred ports were all taken")
+
+
 @asynccontextmanager
 async def running() -> AsyncIterator[NameService]:
-    names = NameService(SETTINGS, port=0)
+    names = NameService(SETTINGS, port=free_port())
     names.apply("test", Replace((WEB,)))
     await names.start()
     try:
