@@ -19,12 +19,12 @@ from aiohttp import web
 from forwarder import config
 from forwarder.addresses import derive_mac
 from forwarder.config import Config
-from forwarder.daemon import with_prefixes
 from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Trouble, Upsert
 from forwarder.discovery.etcd import EtcdSource
 from forwarder.discovery.etcd_client import EtcdClient, EtcdError
 from forwarder.node import identify
 from forwarder.peers import PeerRecord
+from forwarder.plan import with_prefixes
 from forwarder.registry import Refusal
 from tests.etcd_server import EtcdServer, eventually
 

@@ -1,0 +1,223 @@
+"""The peers that stand: what the fast path holds of them, what their paths carry, and the kernel's routes.
+
+One change of the peers or of a path costs what it changes. The registry, the fast path and the routes never
+part: whatever is taken over by one is taken over by all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any, Final
+
+from forwarder import links, paths
+from forwarder.addresses import format_mac
+from forwarder.dataplane import MAX_SLOTS, DataPlane
+from forwarder.links import LinkError
+from forwarder.paths import Measured, Prober
+from forwarder.peers import (
+    OPTION_BYTES,
+    OVERHEAD_BYTES,
+    REMOTE_CHECKSUM,
+    Local,
+    PeerPath,
+    PeerRecord,
+    Tables,
+    diff,
+    tables_for,
+)
+from forwarder.reconcile import Wiring, wanted
+from forwarder.registry import Delta, Registry, Said
+
+log = logging.getLogger("podloom")
+
+MAX_REFUSALS_TOLD: Final = 10
+"""Of refused records in the log and in `status`: there may be as many as somebody likes to write."""
+
+
+class Neighbourhood:
+    """Tell it what a source says; let `watch_paths` run beside that."""
+
+    def __init__(
+        self,
+        local: Local,
+        features: tuple[str, ...],
+        mtus: Mapping[int, int],
+        wiring: Wiring,
+        dataplane: DataPlane,
+        changed: Callable[[], None],
+    ) -> None:
+        """`features` are this node's; `mtus` is by the underlay's IP version the largest inner IP packet.
+        `changed` is called whenever other records stand than before."""
+        self._endpoints = local.endpoints
+        self._features = features
+        self._mtus = mtus
+        self._inner_mtu_bytes = wiring.mtu_bytes
+        self._dataplane = dataplane
+        self._changed = changed
+        self._registry = Registry(local, capacity=MAX_SLOTS - 1)
+        self._records: dict[str, PeerRecord] = {}
+        self._slots: dict[str, int] = {}
+        self._paths: dict[int, PeerPath] = {}
+        self._short_paths: dict[str, int] = {}
+        self._routes = self._cluster_routes = wanted(wiring).routes
+        self._refusals: tuple[str, ...] = ()
+
+    # What a source says
+
+    @property
+    def records(self) -> Mapping[str, PeerRecord]:
+        """By node id."""
+        return self._records
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why records are refused, of the first that are."""
+        return self._refusals
+
+    def recall(self, said: Mapping[str, Said]) -> None:
+        """Begin with the records of last time."""
+        self._take_over(self._registry.replace(said))
+
+    async def replace(self, said: Mapping[str, Said]) -> None:
+        # In a thread: packets would wait while thousands of records are judged.
+        judging = asyncio.ensure_future(asyncio.to_thread(self._registry.replace, said))
+        try:
+            await asyncio.shield(judging)
+        finally:
+            # Also when cancelled: the registry and the fast path must not part.
+            await asyncio.wait([judging])
+            self._take_over(judging.result())
+
+    def upsert(self, key: str, said: Said) -> None:
+        self._take_over(self._registry.upsert(key, said))
+
+    def remove(self, key: str) -> None:
+        self._take_over(self._registry.remove(key))
+
+    def tell_refusals(self) -> None:
+        """Log each refusal once."""
+        refusals = tuple(map(str, islice(self._registry.faults, MAX_REFUSALS_TOLD)))
+        for refusal in refusals:
+            if refusal not in self._refusals:
+                log.error("a peer's record is refused: %s", refusal)
+        self._refusals = refusals
+
+    def _take_over(self, delta: Delta) -> None:
+        """Bring the fast path to what stands now."""
+        if not delta:
+            return
+        old = [self._records[node_id] for node_id in delta if node_id in self._records]
+        new = [record for record in delta.values() if record is not None]
+        before = self._tables_for(old)
+        for node_id, record in delta.items():
+            if record is None:
+                self._slots.pop(node_id, None)
+            if record is None or record.endpoints != self._records.get(node_id, record).endpoints:
+                self._short_paths.pop(node_id, None)
+        after = self._tables_for(new)
+        changes = diff(before, after)
+        self._dataplane.apply(changes)
+        for slot in before.paths:
+            self._paths.pop(slot, None)
+        self._slots.update(after.slots)
+        self._paths.update(after.paths)
+        count = len(self._records)
+        for record in old:
+            del self._records[record.id]
+        self._records.update((record.id, record) for record in new)
+        self._changed()
+        log.info("%d peers (%d before), %d changes", len(self._records), count, len(changes))
+
+    def _tables_for(self, records: Iterable[PeerRecord]) -> Tables:
+        return tables_for(
+            records,
+            previous=self._slots,
+            mtu_bytes=self._mtus,
+            max_slots=MAX_SLOTS,
+            reserved=self._slots.values(),
+            short_paths=self._short_paths,
+            features=self._features,
+        )
+
+    # What the paths carry
+
+    async def watch_paths(self) -> None:
+        """Keep the fast path and the routes to what the paths carry, until cancelled."""
+        fault: str | None = None
+        with Prober(self._endpoints) as prober:
+            while True:
+                for node_ids, pause in paths.slices(list(self._records)):
+                    self._measure_paths(prober, node_ids)
+                    try:
+                        await self._route_short_paths()
+                        fault = None
+                    except LinkError as error:
+                        if str(error) != fault:
+                            fault = str(error)
+                            log.error("pods are not told what their paths carry: %s", fault)
+                    await asyncio.sleep(pause)
+
+    def _measure_paths(self, prober: Prober, node_ids: Iterable[str]) -> None:
+        """Ask for these peers' path MTUs, and have them sent no more than that."""
+        measured = {}
+        for node_id in node_ids:
+            if node_id in self._records:  # It may have gone since the round began.
+                path = self._path_of(self._records[node_id])
+                measured[node_id] = Measured(path.endpoint.version, prober.ask(path.endpoint, path.port))
+        changed = paths.learn(measured, self._short_paths, self._device_mtus())
+        if not changed:
+            return
+        records = [self._records[node_id] for node_id in changed]
+        before = self._tables_for(records)
+        for node_id, path_mtu_bytes in changed.items():
+            if path_mtu_bytes is None:
+                del self._short_paths[node_id]
+            else:
+                self._short_paths[node_id] = path_mtu_bytes
+        after = self._tables_for(records)
+        self._dataplane.apply(diff(before, after))
+        self._paths.update(after.paths)
+        for sentence in paths.news(changed, [(record, self._path_of(record)) for record in records]):
+            log.warning("%s", sentence)
+
+    def _device_mtus(self) -> dict[int, int]:
+        options = OPTION_BYTES if REMOTE_CHECKSUM in self._features else 0
+        return {version: mtu + OVERHEAD_BYTES[version] + options for version, mtu in self._mtus.items()}
+
+    async def _route_short_paths(self) -> None:
+        """Bring the kernel's routes to what the paths carry: by them it tells pods."""
+        records = (self._records[node_id] for node_id in self._short_paths)
+        short = ((record, self._path_of(record)) for record in records)
+        routes = paths.routes(self._cluster_routes, paths.prefix_mtus(short, self._inner_mtu_bytes))
+        if routes != self._routes:
+            await asyncio.to_thread(links.change_routes, paths.changes(self._routes, routes))
+            self._routes = routes
+
+    def _path_of(self, record: PeerRecord) -> PeerPath:
+        return self._paths[self._slots[record.id]]
+
+    # What people ask
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every peer, how it is reached and what went there, for `podloom peers`."""
+        return [self._describe(record) for record in self._records.values()]
+
+    def _describe(self, record: PeerRecord) -> dict[str, Any]:
+        slot = self._slots[record.id]
+        path = self._paths[slot]
+        return {
+            "id": record.id,
+            "endpoint": str(path.endpoint),
+            "endpoints": [str(endpoint) for endpoint in record.endpoints],
+            "encapsulation": path.encapsulation,
+            "port": path.port,
+            "vni": path.vni,
+            "mtu": path.mtu_bytes,
+            "path_mtu": self._short_paths.get(record.id),
+            "router_mac": format_mac(path.router_mac),
+            "prefixes": [str(prefix) for prefix in record.prefixes],
+            "counters": dict(self._dataplane.peer_counters(slot)),
+        }

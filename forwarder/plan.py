@@ -1,0 +1,132 @@
+"""What one configuration means for each part of the daemon, and what of it may change while running. Pure
+but for `plan_wiring`, which asks the host for its MTUs and families."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, fields, replace
+from typing import Any, Final
+
+from forwarder import links
+from forwarder.addresses import Network, gateway_of
+from forwarder.config import SECTIONS, Config, DiscoveryConfig
+from forwarder.dataplane import Settings
+from forwarder.names.settings import Settings as NamesSettings
+from forwarder.node import gateway_mac
+from forwarder.offloads import ABOUT
+from forwarder.paths import MIN_IPV6_MTU_BYTES
+from forwarder.peers import OPTION_BYTES, OVERHEAD_BYTES
+from forwarder.process import StartError
+from forwarder.reconcile import Wiring
+
+log = logging.getLogger("podloom")
+
+CHANGEABLE: Final = {
+    "tunnel.encapsulation",
+    "links.keep_on_exit",
+    *(f"discovery.{item.name}" for item in fields(DiscoveryConfig)),
+    "peers",
+    "services",
+    *(f"offload.{name}" for name in ABOUT if name != "uplink"),
+}
+"""What SIGHUP and `reload` take over while running. The rest names sockets and links that traffic uses."""
+
+
+def with_prefixes(config: Config, prefixes: tuple[Network, ...]) -> Config:
+    return replace(config, node=replace(config.node, prefixes=prefixes))
+
+
+def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:
+    """The node's place in its kernel, and by the underlay's IP version the largest inner IP packet."""
+    assert config.node.id is not None  # noqa: S101 (identified)
+    assert config.node.router_mac is not None  # noqa: S101
+    mtus: dict[int, int] = {
+        endpoint.version: (config.tunnel.underlay_mtu_bytes or links.underlay_mtu_bytes(endpoint))
+        - OVERHEAD_BYTES[endpoint.version]
+        - (OPTION_BYTES if config.tunnel.remote_checksum else 0)
+        for endpoint in config.node.endpoints
+    }
+    wiring = Wiring(
+        node_id=config.node.id,
+        bridge=config.links.bridge,
+        tap=config.links.tap,
+        tap_queue_frames=config.links.tap_queue_frames,
+        mtu_bytes=min(mtus.values()),
+        router_mac=config.node.router_mac,
+        gateway_mac=gateway_mac(config.node.id),
+        prefixes=config.node.prefixes,
+        cluster_cidrs=config.cluster.cidrs,
+        ipv6_available=links.ipv6_available(),
+        bridge_netfilter=links.bridge_netfilter(),
+    )
+    if not wiring.usable_prefixes:
+        raise StartError(
+            "node.prefixes holds only IPv6 and this host has none: enable IPv6 or add an IPv4 prefix"
+        )
+    if wiring.usable_prefixes != wiring.prefixes:
+        log.warning("this host has no IPv6: its pods get IPv4 only")
+    if 6 in wiring.families and wiring.mtu_bytes < MIN_IPV6_MTU_BYTES:
+        raise StartError(
+            f"the underlay leaves pods an MTU of {wiring.mtu_bytes}, and IPv6 needs {MIN_IPV6_MTU_BYTES}: "
+            "raise the underlay's MTU or use only IPv4 prefixes"
+        )
+    return wiring, mtus
+
+
+def data_plane_settings(config: Config, wiring: Wiring) -> Settings:
+    return Settings(
+        router_mac=wiring.router_mac,
+        gateway_mac=wiring.gateway_mac,
+        vni=config.cluster.vni,
+        prefixes=wiring.usable_prefixes,
+        endpoints=config.node.endpoints,
+        listen=(
+            (config.tunnel.geneve_port, "geneve"),
+            *((port, "vxlan") for port in config.tunnel.vxlan_ports),
+        ),
+        vxlan_reserved_bits=config.tunnel.vxlan_reserved_bits,
+        mtu_bytes=wiring.mtu_bytes,
+        offloads={name: on for name, on in asdict(config.offload).items() if name != "uplink"},
+    )
+
+
+def names_settings(config: Config, wiring: Wiring) -> NamesSettings:
+    clients = (*wiring.usable_prefixes, *config.node.endpoints, "127.0.0.0/8", "::1")
+    return NamesSettings(
+        domain=config.names.domain,
+        addresses=dns_addresses(wiring),
+        networks=tuple(map(str, config.cluster.cidrs)),
+        clients=tuple(map(str, clients)),
+        upstream=config.names.upstream,
+        expected=("kubernetes",) if config.discovery.source == "kubernetes" else (),
+        queries_per_second=config.names.queries_per_second,
+        cache_bytes=config.names.cache_bytes,
+    )
+
+
+def dns_addresses(wiring: Wiring) -> tuple[str, ...]:
+    return tuple(str(gateway_of(prefix)) for prefix in wiring.usable_prefixes)
+
+
+def dns_result(config: Config, wiring: Wiring) -> dict[str, Any]:
+    """What pods are told of the resolver, in the words of a CNI result; nothing where there is none."""
+    if not config.names.enabled:
+        return {}
+    return {
+        "nameservers": list(dns_addresses(wiring)),
+        "search": [f"svc.{config.names.domain}", config.names.domain],
+    }
+
+
+def changed_keys(old: Config, new: Config) -> dict[str, Any]:
+    """The keys whose values differ, with the new value."""
+    changed: dict[str, Any] = {}
+    for section in SECTIONS:
+        before, after = getattr(old, section), getattr(new, section)
+        for item in fields(after):
+            if getattr(before, item.name) != getattr(after, item.name):
+                changed[f"{section}.{item.name}"] = getattr(after, item.name)
+    for name in ("peers", "services"):
+        if getattr(old, name) != getattr(new, name):
+            changed[name] = getattr(new, name)
+    return changed
