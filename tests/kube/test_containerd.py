@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -107,7 +108,7 @@ def test_ctr_run(node: Node, tmp_path: Path) -> None:
         ctr = f"ctr -a {socket}"
         run(*ctr.split(), "images", "import", str(tmp_path / "image.tar"))
         mounts = f"mount --bind {tmp_path}/opt /opt && mount --bind {tmp_path}/etc /etc/cni"
-        command = f"exec {ctr} run --rm --cni {IMAGE} podloom-test /bin/busybox sh -c '{SCRIPT}'"
+        command = f"exec {ctr} run --rm --cni {IMAGE} podloom-{os.getpid()} /bin/busybox sh -c '{SCRIPT}'"
         seen = run(
             *("nsenter", f"--net={node.namespace.path}", "unshare", "-m"),
             *("sh", "-c", f"{mounts} && {command}"),
