@@ -54,6 +54,8 @@ def install(
     chained = [name for name in ("portmap", "bandwidth") if os.access(bin_dir / name, os.X_OK)]
     _write(plugin, launcher(), 0o755)
     _write(conflist, configuration(network, control_socket, state_dir, chained), 0o644)
+    for left in (*_unfinished(plugin), *_unfinished(conflist)):
+        _unlink(left)
     return [plugin, conflist]
 
 
@@ -62,16 +64,7 @@ def uninstall(bin_dir: Path, conf_dir: Path) -> list[Path]:
     paths = [conf_dir / CONFLIST, bin_dir / PLUGIN]
     for path in paths:
         _refuse_foreign(path)
-    removed = []
-    for path in paths:
-        try:
-            path.unlink()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise InstallError(f"{path} cannot be removed: {error.strerror}") from None
-        removed.append(path)
-    return removed
+    return [path for whole in paths for path in (whole, *_unfinished(whole)) if _unlink(path)]
 
 
 def launcher() -> str:
@@ -119,6 +112,22 @@ def _refuse_foreign(path: Path) -> None:
     except OSError as error:
         raise InstallError(f"{path} cannot be read: {error.strerror}") from None
     raise InstallError(f"{path} exists and was not made by podloom: move it away first")
+
+
+def _unfinished(path: Path) -> list[Path]:
+    """What installs that were killed left beside `path`."""
+    return sorted(path.parent.glob(f".{path.name}.*"))
+
+
+def _unlink(path: Path) -> bool:
+    """Whether it was there."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InstallError(f"{path} cannot be removed: {error.strerror}") from None
+    return True
 
 
 def _write(path: Path, text: str, mode: int) -> None:
