@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,9 @@ def run_pods(arguments: argparse.Namespace) -> int:
 
 def pods(state_dir: Path) -> list[dict[str, Any]]:
     """What is attached on this node, by network and container. Works without a daemon."""
-    from cni.service import read_records
+    from cni.service import boot_clock, read_records
 
+    booted_at = time.time() - boot_clock()
     return [
         {
             "pod": f"{record.pod_namespace}/{record.pod_name}" if record.pod_name else None,
@@ -103,7 +105,7 @@ def pods(state_dir: Path) -> list[dict[str, Any]]:
             "interface": record.attachment.ifname,
             "addresses": [str(lease.address) for lease in record.leases],
             "veth": record.host_ifname,
-            "since": None if record.attached_at is None else _time(record.attached_at),
+            "since": None if record.attached_at is None else _time(booted_at + record.attached_at),
         }
         for record in read_records(state_dir)
     ]

@@ -11,8 +11,9 @@ import _socket
 DEFAULT_SOCKET = "/run/podloom/control.sock"
 REQUEST_BYTES_MAX = 1 << 20
 ANSWER_BYTES_MAX = 1 << 20
-DEADLINE_S = 60.0
-"""For each part of the daemon's answer; runtimes give a CNI call some minutes."""
+DEADLINE_S, STATUS_DEADLINE_S = 60.0, 2.0
+"""For each part of the daemon's answer. Runtimes give a CNI call some minutes, and ask STATUS every few
+seconds."""
 
 
 class DaemonAwayError(Exception):
@@ -42,19 +43,21 @@ def parse_object(text: str) -> "dict[str, object] | None":
     return value if isinstance(value, dict) and end == len(text) else None
 
 
-def encode_call(env: "dict[str, str]", stdin: str) -> bytes:
-    """The request `cni` of the control protocol."""
+def encode_call(env: "dict[str, str]", stdin: str, began_at: float) -> bytes:
+    """The request `cni` of the control protocol; `began_at` as in cni.service."""
     variables = ",".join(f"{_quoted(key)}:{_quoted(value)}" for key, value in env.items())
-    return f'{{"verb":"cni","args":{{"env":{{{variables}}},"stdin":{_quoted(stdin)}}}}}\n'.encode()
+    args = f'{{"env":{{{variables}}},"stdin":{_quoted(stdin)},"began_at":{began_at!r}}}'
+    return f'{{"verb":"cni","args":{args}}}\n'.encode()
 
 
-def ask(path: str, env: "dict[str, str]", stdin: str) -> "tuple[int, str]":
+def ask(path: str, env: "dict[str, str]", stdin: str, began_at: float) -> "tuple[int, str]":
     """(exit code, stdout) as the daemon has them; DaemonAwayError otherwise."""
-    request = encode_call(env, stdin)
+    request = encode_call(env, stdin, began_at)
     if len(request) > REQUEST_BYTES_MAX:
         raise DaemonAwayError(f"{path}: a call of {len(request)} bytes; at most {REQUEST_BYTES_MAX}")
     try:
-        line = _exchange(path, request).decode()
+        deadline = STATUS_DEADLINE_S if env.get("CNI_COMMAND") == "STATUS" else DEADLINE_S
+        line = _exchange(path, request, deadline).decode()
     except (OSError, ValueError) as error:
         raise DaemonAwayError(f"{path}: {error}") from None
     answer = parse_object(line)
@@ -69,10 +72,10 @@ def ask(path: str, env: "dict[str, str]", stdin: str) -> "tuple[int, str]":
     return exit_code, stdout
 
 
-def _exchange(path: str, request: bytes) -> bytes:
+def _exchange(path: str, request: bytes, deadline_s: float) -> bytes:
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
-        connection.settimeout(DEADLINE_S)
+        connection.settimeout(deadline_s)
         connection.connect(path)
         connection.sendall(request)
         answer = b""

@@ -12,7 +12,15 @@ from typing import Any
 
 from cni import bpf, delegate, guard, netlink, netns
 from cni.ipam import IpAddress, IpNetwork, RangeSet
-from cni.netconf import MIN_IPV6_MTU, OWN_IPAM, NetConf, ipam_type_of, parse_netconf, pools_for
+from cni.netconf import (
+    MIN_IPV6_MTU,
+    OWN_IPAM,
+    NetConf,
+    ipam_type_of,
+    parse_netconf,
+    pools_for,
+    quarantine_of,
+)
 from cni.netlink import Link, Netlink, VethEnd
 from cni.request import Attachment, Request
 from cni.result import CniError, Code, Interface, Ip, Result, Route
@@ -63,6 +71,8 @@ class NodeNetwork:
     gso_max_segs: int | None = None  # None: leave the kernel's default
     dns: Mapping[str, Any] = field(default_factory=dict)  # for pods whose configuration gives none
     tunnel_ports: tuple[int, ...] = (6081, 4789, 8472)  # UDP; pods may not send to them on nodes
+    tap: str = ""  # the bridge's port to the other nodes; empty: not looked at
+    serves_names: bool = False  # whether pods' aliases are answered
 
     def range_sets(self, conf: NetConf) -> tuple[RangeSet, ...]:
         """What an attachment gets addresses from. A dual-stack node without IPv6 still serves IPv4."""
@@ -92,15 +102,20 @@ def add(
     """
     attachment = request.attachment
     conf = parse_netconf(request.config or {}, request.args or {})
+    if conf.aliases and not network.serves_names:
+        raise CniError(
+            Code.UNSUPPORTED_FIELD,
+            f"runtimeConfig.aliases is {list(conf.aliases)}, unsupported: names.enabled is false here",
+        )
     mtu = _mtu(conf, network)
     with _opened_netns(request) as netns_fd, netns.call_in(netns_fd, Netlink) as pod, ExitStack() as undo:
-        _refuse_existing(request, store, host, pod)
+        _refuse_existing(request, store, host, pod, clock())
         bridge = host.find_link(network.bridge)
         if bridge is None:
             raise CniError(
                 Code.TRY_AGAIN_LATER, f"the bridge {network.bridge} is missing; is `podloom up` running?"
             )
-        undo.callback(store.forget, attachment)
+        undo.callback(store.release, attachment, clock(), conf.quarantine_s)
         given = _reserve(request, conf, network, store, clock())
         mac = conf.mac or (_mac_of(given.leases) if given else _mac("02", _digest(attachment)))
 
@@ -111,14 +126,15 @@ def add(
         netlink.set_link_sysctls(ours.name, _PORT_SYSCTLS)
         netns.call_in(netns_fd, netlink.set_link_sysctls, request.ifname, _POD_SYSCTLS)
         if given is None:
-            # The dhcp plugin talks through the link, so it must be there and up.
+            # The dhcp plugin talks through the link, so it must be there and carry.
             host.set_port_up(ours.name, alias_of(attachment))
             pod.set_up(request.ifname)
+            host.wait_forwarding(ours.name, _CARRIER_SECONDS)
             undo.callback(_undelegate, request, conf.ipam_type)
             given = _delegated(request, conf, network)
             store.hold(attachment, given.leases)
         if conf.spoof_check:
-            _attach_guard(host, ours.name, mac, given.leases, network)
+            _attach_guard(host, ours.name, mac, given.leases, network, dhcp=conf.ipam_type == "dhcp")
         host.set_port_up(ours.name, alias_of(attachment))
         routes = _configure_pod(pod, request.ifname, given, netns_fd)
         host.wait_forwarding(ours.name, _CARRIER_SECONDS)
@@ -150,7 +166,7 @@ def delete(request: Request, store: Store, host: Netlink, now: float) -> None:
     delete_port(request.attachment, host)
     if ipam_type != OWN_IPAM:
         delegate.call(ipam_type, request)
-    store.release(request.attachment, now)
+    store.release(request.attachment, now, quarantine_of(request.config or {}))
 
 
 def check(request: Request, store: Store, host: Netlink) -> None:
@@ -204,7 +220,7 @@ def _opened_netns(request: Request) -> Iterator[int]:
         os.close(netns_fd)
 
 
-def _refuse_existing(request: Request, store: Store, host: Netlink, pod: Netlink) -> None:
+def _refuse_existing(request: Request, store: Store, host: Netlink, pod: Netlink, now: float) -> None:
     """A second ADD is an error; the remains of one that was killed half way are cleared away."""
     attachment = request.attachment
     record = store.find(attachment)
@@ -213,7 +229,7 @@ def _refuse_existing(request: Request, store: Store, host: Netlink, pod: Netlink
     if record is not None:
         delete_port(attachment, host)
         _undelegate(request, ipam_type_of(request.config or {}))
-        store.forget(attachment)
+        store.release(attachment, now)
     if pod.find_link(attachment.ifname) is not None:
         raise CniError(
             Code.INVALID_ENVIRONMENT, f"CNI_IFNAME {attachment.ifname} exists already in the pod's namespace"
@@ -246,6 +262,7 @@ def _reserve(
         args.get("K8S_POD_NAMESPACE", ""),
         args.get("K8S_POD_NAME", ""),
         conf.mac,
+        conf.aliases,
     )
     try:
         if conf.delegated:
@@ -304,12 +321,14 @@ def _undelegate(request: Request, ipam_type: str) -> None:
         delegate.call(ipam_type, request, "DEL")
 
 
-def _attach_guard(host: Netlink, name: str, mac: str, leases: Sequence[Lease], network: NodeNetwork) -> None:
+def _attach_guard(
+    host: Netlink, name: str, mac: str, leases: Sequence[Lease], network: NodeNetwork, *, dhcp: bool
+) -> None:
     port = host.find_link(name)
     if port is None:
         raise CniError(Code.KERNEL_REFUSED, f"{name} vanished from the node")
     addresses = tuple(lease.address for lease in leases)
-    allowed = guard.Allowance(mac, addresses, network.cluster_cidrs, network.tunnel_ports)
+    allowed = guard.Allowance(mac, addresses, network.cluster_cidrs, network.tunnel_ports, dhcp)
     try:
         program = bpf.load(guard.program(allowed))
         try:
@@ -384,6 +403,8 @@ def _checked_port(host: Netlink, record: Record) -> Link:
         raise _failed(f"{name}, the host end, is missing")
     if bridge is None or port.master != bridge.index:
         raise _failed(f"{name} is not a port of {record.bridge}")
+    if not bridge.up:
+        raise _failed(f"the pods' bridge {record.bridge} is down")
     if not port.up:
         raise _failed(f"{name}, the host end, is down")
     if not port.isolated:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from cni.result import CniError, Code, Result, parse_result
 TIMEOUT_S = 90.0
 """Longer than the dhcp plugin waits for its server."""
 
+_STDERR_CHARACTERS = 500
+
 
 def call(name: str, request: Request, command: str = "") -> Result | None:
     """Run plugin `name` of CNI_PATH for this request, or with another `command`.
@@ -24,13 +27,12 @@ def call(name: str, request: Request, command: str = "") -> Result | None:
     Its result if that is an ADD. Its failure is raised as it told it, with its name in front.
     """
     path = _find(name, request.path)
-    env = dict(request.env or {}) | {"PATH": os.environ.get("PATH", os.defpath)}
-    env["CNI_COMMAND"] = command or request.command
+    env = {"PATH": os.defpath} | dict(request.env or {}) | {"CNI_COMMAND": command or request.command}
     try:
         done = subprocess.run(  # noqa: S603 (an absolute path that the caller's CNI_PATH leads to)
             [path],
             input=json.dumps(request.config),
-            stdout=subprocess.PIPE,
+            capture_output=True,
             text=True,
             env=env,
             check=False,
@@ -42,8 +44,9 @@ def call(name: str, request: Request, command: str = "") -> Result | None:
         raise CniError(
             Code.TRY_AGAIN_LATER, f"IPAM plugin {name} did not end within {TIMEOUT_S:.0f} s"
         ) from None
+    sys.stderr.write(done.stderr)
     if done.returncode != 0:
-        raise _failure(name, done.returncode, done.stdout)
+        raise _failure(name, done)
     return _result(name, done.stdout) if env["CNI_COMMAND"] == "ADD" else None
 
 
@@ -64,14 +67,14 @@ def _result(name: str, stdout: str) -> Result:
     return parse_result(body)
 
 
-def _failure(name: str, exit_code: int, stdout: str) -> CniError:
-    body = _object(stdout) or {}
+def _failure(name: str, done: subprocess.CompletedProcess[str]) -> CniError:
+    body = _object(done.stdout) or {}
     code, text = body.get("code"), body.get("msg")
     known = {int(item) for item in Code}
     return CniError(
         Code(code) if code in known else Code.DELEGATE_FAILED,
-        f"IPAM plugin {name}: {text or f'failed with exit status {exit_code}'}",
-        str(body.get("details") or ""),
+        f"IPAM plugin {name}: {text or f'failed with exit status {done.returncode}'}",
+        str(body.get("details") or done.stderr.strip()[-_STDERR_CHARACTERS:]),
     )
 
 

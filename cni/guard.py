@@ -39,12 +39,16 @@ _DHCP = {4: (67, 68), 6: (547, 546)}  # server's, client's port
 
 @dataclass(frozen=True)
 class Allowance:
-    """Who the pod is. Datagrams to `tunnel_ports` may go to pods only, that is into `cluster_cidrs`."""
+    """Who the pod is. Datagrams to `tunnel_ports` may go to pods only, that is into `cluster_cidrs`.
+
+    A `dhcp_client` may also ask for an address, or again for its own, without one (RFC 2131 section 4.1).
+    """
 
     mac: str
     addresses: tuple[IpAddress, ...]
     cluster_cidrs: tuple[IpNetwork, ...]
     tunnel_ports: tuple[int, ...]
+    dhcp_client: bool = False
 
     def of(self, version: int) -> list[bytes]:
         own = [address.packed for address in self.addresses if address.version == version]
@@ -90,7 +94,10 @@ def _ipv4(code: _Assembler, pod: Allowance) -> None:
     code.label("ipv4")
     code.fetch(_HEADER, 20, at=_ETHERNET)
     code.jump_if_one_of(_HEADER + 12, pod.of(4), "ipv4 own")
-    code.jump("drop")
+    if pod.dhcp_client:
+        _dhcp_client(code)
+    else:
+        code.jump("drop")
     code.label("ipv4 own")
     code.load(2, 2, 10, _HEADER + 6)
     code.mask(2, _native(b"\x1f\xff"))
@@ -108,6 +115,20 @@ def _ipv4(code: _Assembler, pod: Allowance) -> None:
     code.jump_if(2, _ICMP_ROUTER, "drop")
     code.jump("accept")
     _udp(code, pod, 4, _HEADER + 16)
+
+
+def _dhcp_client(code: _Assembler) -> None:
+    """From no address to all, client's to server's port, without options or fragments."""
+    server, client = _DHCP[4]
+    code.require(_HEADER + 12, bytes(4) + b"\xff" * 4, "drop")
+    code.require(_HEADER, b"\x45", "drop")
+    code.require(_HEADER + 9, bytes([_UDP]), "drop")
+    code.load(2, 2, 10, _HEADER + 6)
+    code.mask(2, _native(b"\x3f\xff"))
+    code.jump_unless(2, 0, "drop")
+    code.fetch(_FIELD, 4, at=_ETHERNET + 20)
+    code.require(_FIELD, struct.pack("!HH", client, server), "drop")
+    code.jump("accept")
 
 
 def _ipv6(code: _Assembler, pod: Allowance, mac: bytes) -> None:

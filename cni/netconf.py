@@ -18,18 +18,22 @@ from cni.result import CniError, Code
 OWN_IPAM = "podloom"
 """`ipam.type` for our own allocation; no `ipam` at all means the same."""
 
+QUARANTINE_S = 60.0
+"""How long a released address rests while another is free: caches elsewhere may still name its last pod."""
+
+_DAY_S = 86_400
 MIN_MTU, MIN_IPV6_MTU = 68, 1280  # bytes; RFC 791, RFC 8200 section 5
 
-_IPAM_KEYS = frozenset({"type", "ranges", "exclude"})
+_IPAM_KEYS = frozenset({"type", "ranges", "exclude", "quarantineSeconds"})
 _RANGE_KEYS = frozenset({"subnet", "rangeStart", "rangeEnd", "gateway"})
 _PLUGIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+_ALIAS = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.\-]{0,251}[A-Za-z0-9])?")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 # Capabilities that somebody must have declared for this very plugin, and who does that work instead.
 _OTHERS_WORK = {
     "portMappings": "chain the plugin portmap and declare the capability there",
     "bandwidth": "chain the plugin bandwidth and declare the capability there",
-    "aliases": "chain a plugin that serves names and declare the capability there",
     "infinibandGUID": "pods have Ethernet links here",
     "deviceID": "pods have veth links here",
 }
@@ -57,6 +61,8 @@ class NetConf:
     mtu: int | None = None
     dns: Mapping[str, Any] | None = None
     spoof_check: bool = True
+    quarantine_s: float = QUARANTINE_S
+    aliases: tuple[str, ...] = ()
 
     @property
     def delegated(self) -> bool:
@@ -69,6 +75,14 @@ def ipam_type_of(config: Mapping[str, Any]) -> str:
     if not _PLUGIN_NAME.fullmatch(name):
         raise _wrong("ipam.type", name, "a plugin's name, never a path")
     return name
+
+
+def quarantine_of(config: Mapping[str, Any]) -> float:
+    """How long addresses rest. What is wrong in the configuration must not stop a DEL: then the default."""
+    try:
+        return _quarantine(config.get("ipam", {}))
+    except CniError:
+        return QUARANTINE_S
 
 
 def parse_netconf(config: Mapping[str, Any], args: Mapping[str, str]) -> NetConf:
@@ -105,6 +119,8 @@ def parse_netconf(config: Mapping[str, Any], args: Mapping[str, str]) -> NetConf
         mtu=_mtu(config),
         dns=_dns(config, runtime),
         spoof_check=_flag(config, "spoofCheck", default=True),
+        quarantine_s=_quarantine(ipam),
+        aliases=_aliases(runtime),
     )
 
 
@@ -227,6 +243,23 @@ def _dns(config: Mapping[str, Any], runtime: Mapping[str, Any]) -> Mapping[str, 
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise _wrong(f"runtimeConfig.dns ({key})", values, "a list of strings")
     return dict(config.get("dns") or {}) | given
+
+
+def _quarantine(ipam: Mapping[str, Any]) -> float:
+    seconds = ipam.get("quarantineSeconds")
+    if seconds is None:
+        return QUARANTINE_S
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= _DAY_S:
+        raise _wrong("ipam.quarantineSeconds", seconds, f"a number from 0 to {_DAY_S}")
+    return float(seconds)
+
+
+def _aliases(runtime: Mapping[str, Any]) -> tuple[str, ...]:
+    names = _typed(runtime, "aliases", list, "runtimeConfig.aliases") or []
+    for name in names:
+        if not (isinstance(name, str) and _ALIAS.fullmatch(name)):
+            raise _wrong("runtimeConfig.aliases", name, "a list of DNS names")
+    return tuple(dict.fromkeys(names))
 
 
 def _flag(config: Mapping[str, Any], key: str, *, default: bool) -> bool:

@@ -4,6 +4,8 @@ What only a call without the daemon needs is imported there; annotations are str
 which `cni.client` explains.
 """
 
+import time
+
 from cni import client
 
 TYPE_CHECKING = False
@@ -21,8 +23,9 @@ _SERVED_BY_DAEMON = frozenset({"ADD", "DEL", "CHECK", "GC", "STATUS"})
 
 def run(environ: "Mapping[str, str]", stdin: "IO[bytes] | None") -> "tuple[int, str, str]":
     """(exit code, stdout, stderr) of one call."""
-    env = {key: value for key, value in environ.items() if key.startswith("CNI_")}
-    if not env:  # a person, not a runtime
+    began_at = time.clock_gettime(time.CLOCK_BOOTTIME)
+    env = dict(environ)  # all of it, because an IPAM plugin is to have its caller's
+    if not any(key.startswith("CNI_") for key in env):  # a person, not a runtime
         from cni.result import VERSIONS
 
         return 0, "", _ABOUT.format(", ".join(VERSIONS))
@@ -36,10 +39,10 @@ def run(environ: "Mapping[str, str]", stdin: "IO[bytes] | None") -> "tuple[int, 
     if text is not None and config is not None:
         path = _string(config, "controlSocket", client.DEFAULT_SOCKET)
         try:
-            return *client.ask(path, env, text), ""
+            return *client.ask(path, env, text, began_at), ""
         except client.DaemonAwayError as error:
             away = str(error)
-    return *_answer_here(env, raw, config or {}, away), ""
+    return *_answer_here(env, raw, config or {}, away, began_at), ""
 
 
 def _decoded(stdin: bytes) -> "str | None":
@@ -50,7 +53,7 @@ def _decoded(stdin: bytes) -> "str | None":
 
 
 def _answer_here(
-    env: "Mapping[str, str]", stdin: bytes, config: "Mapping[str, object]", away: str
+    env: "Mapping[str, str]", stdin: bytes, config: "Mapping[str, object]", away: str, began_at: float
 ) -> "tuple[int, str]":
     """The call without the daemon: faults are told and all but ADD done on the same store."""
     from cni.request import parse
@@ -76,7 +79,7 @@ def _answer_here(
 
     service = CniService(None, Path(_string(config, "stateDir", DEFAULT_STATE_DIR)))
     try:
-        return service.handle(env, stdin.decode())
+        return service.handle(env, stdin.decode(), began_at)
     finally:
         service.close()
 

@@ -18,6 +18,7 @@ from cni.store import FILE_NAME, Record, Store, StoreError
 __all__ = ["CniService", "NodeNetwork"]
 
 _LOCKS = 64
+NO_DAEMON = "no podloom daemon serves this node's pods; start it with `podloom up`"
 
 # Without a daemon nothing is forwarded either, so pods that exist suffer too.
 _NEED_DAEMON = {"ADD": Code.TRY_AGAIN_LATER, "STATUS": Code.LIMITED_CONNECTIVITY}
@@ -46,13 +47,17 @@ class CniService:
             self._store.close()
             self._store = None
 
-    def handle(self, env: Mapping[str, str], stdin: str) -> tuple[int, str]:
-        """(exit code, stdout) of one call. Never raises: a failure is the spec's error object."""
+    def handle(self, env: Mapping[str, str], stdin: str, began_at: float | None = None) -> tuple[int, str]:
+        """(exit code, stdout) of one call. Never raises: a failure is the spec's error object.
+
+        `began_at` is when the caller began, by `boot_clock`: calls wait for one another on their way here.
+        """
+        began_at = boot_clock() if began_at is None else min(began_at, boot_clock())
         version: str | None = None
         try:
             request = parse(env, stdin.encode(errors="surrogatepass"))
             version = request.version
-            return 0, self._answer(request)
+            return 0, self._answer(request, began_at)
         except CniError as error:
             failure = error
         except StoreError as error:
@@ -68,24 +73,20 @@ class CniService:
         failure.version = failure.version or version
         return 1, error_json(failure)
 
-    def _answer(self, request: Request) -> str:
+    def _answer(self, request: Request, began_at: float) -> str:
         if request.command == "VERSION":
             return version_json(request.version)
         network = self.network
         if network is None and request.command in _NEED_DAEMON:
-            raise CniError(
-                _NEED_DAEMON[request.command],
-                "no podloom daemon serves this node's pods; start it with `podloom up`",
-            )
-        now = time.time()
+            raise CniError(_NEED_DAEMON[request.command], NO_DAEMON)
         store = self._opened_store()
         with self._netlink() as host:
             match request.command:
                 case "GC":
-                    upkeep.collect(request, store, host, self._alone_with, now)
+                    upkeep.collect(request, store, host, self._alone_with, began_at)
                 case "STATUS":
                     assert network is not None  # noqa: S101 (refused above)
-                    upkeep.status(request, network, store, host, now)
+                    upkeep.status(request, network, store, host, boot_clock())
                 case _:
                     with self._alone_with(request.attachment):
                         return self._answer_about(request, network, store, host)
@@ -96,12 +97,16 @@ class CniService:
         match request.command:
             case "ADD":
                 assert network is not None  # noqa: S101 (refused above)
-                made = commands.add(request, network, store, host, time.time)
+                made = commands.add(request, network, store, host, boot_clock)
                 return result_json(made, request.version)
             case "DEL":
-                commands.delete(request, store, host, time.time())
+                commands.delete(request, store, host, boot_clock())
             case "CHECK":
                 commands.check(request, store, host)
+                if network is None:
+                    raise CniError(
+                        Code.TRY_AGAIN_LATER, f"{NO_DAEMON}: this pod is as it was made, but cut off"
+                    )
         return ""
 
     def _alone_with(self, attachment: Attachment) -> threading.Lock:
@@ -110,7 +115,7 @@ class CniService:
     def _opened_store(self) -> Store:
         with self._opening:
             if self._store is None:
-                self._store = Store(self._state_dir, _boot_id(), time.time())
+                self._store = Store(self._state_dir, _boot_id(), boot_clock())
             return self._store
 
     @contextmanager
@@ -131,11 +136,16 @@ class CniService:
         self._idle.append(host)
 
 
+def boot_clock() -> float:
+    """Seconds since the machine started: the same for every process, and nobody sets it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def read_records(state_dir: Path) -> list[Record]:
     """What a node's store holds; nothing, and no store made, where there is none yet."""
     if not (state_dir / FILE_NAME).exists():
         return []
-    store = Store(state_dir, _boot_id(), time.time())
+    store = Store(state_dir, _boot_id(), boot_clock())
     try:
         return store.records()
     finally:

@@ -17,36 +17,49 @@ from pathlib import Path
 from typing import Any
 
 from cni.ipam import IpAddress, Pool, RangeSet, choose
+from cni.netconf import QUARANTINE_S
 from cni.request import Attachment
 
 FILE_NAME = "cni.sqlite3"
-QUARANTINE_S = 60.0
-"""How long a released address rests while another is free: caches elsewhere may still name its last pod."""
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _LOCK_TIMEOUT_S = 10.0
 
+_SINCE_2 = (
+    "CREATE INDEX addresses_at_rest ON addresses (rests_until) WHERE rests_until IS NOT NULL",
+    "CREATE TABLE boot (boot_id TEXT NOT NULL PRIMARY KEY) WITHOUT ROWID",  # a row: the last that opened it
+)
 # mac is null unless it was asked for: those we choose follow from the address.
 # attached_at is null until the ADD is finished, so that a killed one can be told from a live pod.
-# released_at is null while the address is held. boot_id: a pod never outlives the boot it was attached in.
+# rests_until is null while the address is held. boot_id: a pod never outlives the boot it was attached in.
 _SCHEMA = (
     """CREATE TABLE attachments (
         network TEXT NOT NULL, container TEXT NOT NULL, ifname TEXT NOT NULL,
         host_ifname TEXT NOT NULL, bridge TEXT NOT NULL, boot_id TEXT NOT NULL,
         pod_namespace TEXT NOT NULL, pod_name TEXT NOT NULL,
-        mac TEXT UNIQUE, reserved_at REAL NOT NULL, attached_at REAL,
+        mac TEXT UNIQUE, reserved_at REAL NOT NULL, attached_at REAL, aliases TEXT NOT NULL DEFAULT '',
         PRIMARY KEY (network, container, ifname)
     ) WITHOUT ROWID""",
     """CREATE TABLE addresses (
         family INTEGER NOT NULL, address BLOB NOT NULL, gateway BLOB NOT NULL,
         network TEXT NOT NULL, container TEXT NOT NULL, ifname TEXT NOT NULL,
-        released_at REAL,
+        rests_until REAL,
         PRIMARY KEY (family, address)
     ) WITHOUT ROWID""",
     "CREATE INDEX addresses_of_attachment ON addresses (network, container, ifname)",
+    *_SINCE_2,
     "CREATE TABLE last_given (pool TEXT NOT NULL PRIMARY KEY, address BLOB NOT NULL) WITHOUT ROWID",
     f"PRAGMA user_version = {_SCHEMA_VERSION}",
 )
+# What makes a store of the version before the next one.
+_UPGRADES = {
+    1: (
+        "ALTER TABLE attachments ADD COLUMN aliases TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE addresses RENAME COLUMN released_at TO rests_until",
+        *_SINCE_2,
+        "PRAGMA user_version = 2",
+    ),
+}
 
 
 class StoreError(Exception):
@@ -75,13 +88,17 @@ class Lease:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who an ADD is for. `mac` only when it was asked for: no two attachments may have the same."""
+    """Who an ADD is for. `mac` only when it was asked for: no two attachments may have the same.
+
+    `aliases` are more names for the pod; none has a space in it.
+    """
 
     host_ifname: str
     bridge: str
     pod_namespace: str = ""
     pod_name: str = ""
     mac: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,10 +113,11 @@ class Record:
     reserved_at: float
     attached_at: float | None
     leases: tuple[Lease, ...]
+    aliases: tuple[str, ...] = ()
 
 
 class Store:
-    """One connection, for any thread. Times are seconds since the epoch.
+    """One connection, for any thread. Times are seconds of a clock that starts anew with each boot.
 
     Threads take turns by a lock of ours: SQLite's own makes a waiter sleep, up to 100 ms at a time.
     """
@@ -185,7 +203,7 @@ class Store:
         key = _key(attachment)
         with self._reported():
             row = self._one(
-                "SELECT host_ifname, bridge, pod_namespace, pod_name, reserved_at, attached_at"
+                "SELECT host_ifname, bridge, pod_namespace, pod_name, reserved_at, attached_at, aliases"
                 " FROM attachments WHERE (network, container, ifname) = (?, ?, ?)",
                 key,
             )
@@ -193,13 +211,21 @@ class Store:
                 return None
             rows = self._run(
                 "SELECT address, gateway FROM addresses WHERE (network, container, ifname) = (?, ?, ?)"
-                " AND released_at IS NULL ORDER BY family, address",
+                " AND rests_until IS NULL ORDER BY family, address",
                 key,
             )
             leases = tuple(Lease(ip_address(own), ip_address(gateway)) for own, gateway in rows)
-            host_ifname, bridge, pod_namespace, pod_name, reserved_at, attached_at = row
+            host_ifname, bridge, pod_namespace, pod_name, reserved_at, attached_at, aliases = row
             return Record(
-                attachment, host_ifname, bridge, pod_namespace, pod_name, reserved_at, attached_at, leases
+                attachment=attachment,
+                host_ifname=host_ifname,
+                bridge=bridge,
+                pod_namespace=pod_namespace,
+                pod_name=pod_name,
+                reserved_at=reserved_at,
+                attached_at=attached_at,
+                leases=leases,
+                aliases=tuple(aliases.split()),
             )
 
     def records(self, network: str | None = None) -> list[Record]:
@@ -213,25 +239,15 @@ class Store:
             found = (self.find(Attachment(*key)) for key in keys)
             return [record for record in found if record is not None]
 
-    def release(self, attachment: Attachment, now: float) -> None:
-        """Give its addresses back, into quarantine. Nothing to do when it has no record."""
+    def release(self, attachment: Attachment, now: float, rest_s: float = QUARANTINE_S) -> None:
+        """Give its addresses back, to rest for `rest_s`. Nothing to do when it has no record."""
         key = _key(attachment)
         with self._transaction():
+            self._run("DELETE FROM addresses WHERE rests_until <= ?", (now,))
             self._run(
-                "UPDATE addresses SET released_at = ?"
-                " WHERE (network, container, ifname) = (?, ?, ?) AND released_at IS NULL",
-                (now, *key),
-            )
-            self._run("DELETE FROM attachments WHERE (network, container, ifname) = (?, ?, ?)", key)
-
-    def forget(self, attachment: Attachment) -> None:
-        """Undo `reserve`: no pod ever used these addresses, so they need no quarantine."""
-        key = _key(attachment)
-        with self._transaction():
-            self._run(
-                "DELETE FROM addresses"
-                " WHERE (network, container, ifname) = (?, ?, ?) AND released_at IS NULL",
-                key,
+                "UPDATE addresses SET rests_until = ?"
+                " WHERE (network, container, ifname) = (?, ?, ?) AND rests_until IS NULL",
+                (now + rest_s, *key),
             )
             self._run("DELETE FROM attachments WHERE (network, container, ifname) = (?, ?, ?)", key)
 
@@ -240,28 +256,39 @@ class Store:
         self._run("PRAGMA synchronous = FULL")
         if self._schema_version() != _SCHEMA_VERSION:
             with self._transaction():
-                version = self._schema_version()  # another process may have been quicker
-                if version == 0:
-                    for statement in _SCHEMA:
-                        self._run(statement)
-                elif version != _SCHEMA_VERSION:
-                    raise StoreError(
-                        f"{self._path} has schema {version}; this podloom knows up to {_SCHEMA_VERSION}"
-                    )
+                self._make_or_upgrade()
         self._release_earlier_boots(now)
 
+    def _make_or_upgrade(self) -> None:
+        version = self._schema_version()  # another process may have been quicker
+        if version > _SCHEMA_VERSION:
+            raise StoreError(f"{self._path} has schema {version}; this podloom knows up to {_SCHEMA_VERSION}")
+        for statement in _SCHEMA if version == 0 else ():
+            self._run(statement)
+        for older in range(version or _SCHEMA_VERSION, _SCHEMA_VERSION):
+            for statement in _UPGRADES[older]:
+                self._run(statement)
+
     def _release_earlier_boots(self, now: float) -> None:
-        """After a reboot no pod is left, whether or not its DEL ever comes."""
-        if not self._one("SELECT 1 FROM attachments WHERE boot_id != ?", (self._boot_id,)):
+        """After a reboot no pod is left, whether or not its DEL ever comes, and the clock is another."""
+        if self._one("SELECT 1 FROM boot WHERE boot_id = ?", (self._boot_id,)):
             return
         with self._transaction():
             self._run(
-                "UPDATE addresses SET released_at = ? WHERE released_at IS NULL"
-                " AND (network, container, ifname) IN"
+                "UPDATE addresses SET rests_until = ? WHERE rests_until IS NOT NULL"
+                " OR (network, container, ifname) IN"
                 " (SELECT network, container, ifname FROM attachments WHERE boot_id != ?)",
-                (now, self._boot_id),
+                (now + QUARANTINE_S, self._boot_id),
             )
             self._run("DELETE FROM attachments WHERE boot_id != ?", (self._boot_id,))
+            # What is left was written by version 1, which told the time by another clock.
+            self._run(
+                "UPDATE attachments SET reserved_at = ?1, attached_at = min(attached_at, ?1)"
+                " WHERE reserved_at > ?1",
+                (now,),
+            )
+            self._run("DELETE FROM boot")
+            self._run("INSERT INTO boot VALUES (?)", (self._boot_id,))
 
     def _insert(self, attachment: Attachment, holder: Holder, now: float) -> None:
         if holder.mac:
@@ -271,7 +298,7 @@ class Store:
             if other is not None:
                 raise AddressTakenError(f"{holder.mac} is held by {'/'.join(other)}")
         self._run(
-            "INSERT INTO attachments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+            "INSERT INTO attachments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?)",
             (
                 *_key(attachment),
                 holder.host_ifname,
@@ -281,6 +308,7 @@ class Store:
                 holder.pod_name,
                 holder.mac or None,
                 now,
+                " ".join(holder.aliases),
             ),
         )
 
@@ -289,7 +317,7 @@ class Store:
             address = (lease.address.version, lease.address.packed)
             other = self._one(
                 "SELECT network, container, ifname FROM addresses"
-                " WHERE family = ? AND address = ? AND released_at IS NULL",
+                " WHERE family = ? AND address = ? AND rests_until IS NULL",
                 address,
             )
             if other is not None:
@@ -311,15 +339,13 @@ class Store:
         """The next address; one at rest only when no pool of the set has another."""
         for pool in range_set:
             last = self._one("SELECT address FROM last_given WHERE pool = ?", (str(pool),))
-            address = choose(
-                pool, ip_address(last[0]) if last else None, partial(self._taken, now - QUARANTINE_S, pool)
-            )
+            address = choose(pool, ip_address(last[0]) if last else None, partial(self._taken, now, pool))
             if address is not None:
                 return pool, address
         for pool in range_set:
             resting = self._run(
                 "SELECT address FROM addresses WHERE family = ? AND address BETWEEN ? AND ?"
-                " AND released_at IS NOT NULL ORDER BY released_at",
+                " AND rests_until IS NOT NULL ORDER BY rests_until",
                 (pool.low.version, pool.low.packed, pool.high.packed),
             )
             for row in resting:
@@ -327,12 +353,12 @@ class Store:
                     return pool, ip_address(row[0])
         return None
 
-    def _taken(self, resting_since: float, pool: Pool, first: int, end: int) -> Iterable[int]:
+    def _taken(self, now: float, pool: Pool, first: int, end: int) -> Iterable[int]:
         width = len(pool.low.packed)
         rows = self._run(
             "SELECT address FROM addresses WHERE family = ? AND address BETWEEN ? AND ?"
-            " AND (released_at IS NULL OR released_at > ?) ORDER BY address",
-            (pool.low.version, first.to_bytes(width, "big"), end.to_bytes(width, "big"), resting_since),
+            " AND (rests_until IS NULL OR rests_until > ?) ORDER BY address",
+            (pool.low.version, first.to_bytes(width, "big"), end.to_bytes(width, "big"), now),
         )
         return (int.from_bytes(row[0], "big") for row in rows)
 

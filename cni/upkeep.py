@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from cni import bpf, delegate, guard
 from cni.commands import ALIAS_MARK, NO_GUARD, NodeNetwork, alias_of, delete_port
-from cni.netconf import OWN_IPAM, NetConf, ipam_type_of, parse_netconf
+from cni.netconf import OWN_IPAM, NetConf, ipam_type_of, parse_netconf, quarantine_of
 from cni.netlink import Netlink
 from cni.request import Attachment, Request
 from cni.result import CniError, Code
@@ -24,7 +24,7 @@ def collect(request: Request, store: Store, host: Netlink, exclusively: Exclusiv
     `now` is when the call came in: an ADD that ended later is newer than the list of valid ones, whatever
     the list says. What fails is left for the next time, and told at the end.
     """
-    ipam_type = ipam_type_of(request.config or {})
+    ipam_type, rest_s = ipam_type_of(request.config or {}), quarantine_of(request.config or {})
     failures = []
     for record in store.records(request.network):
         attachment = record.attachment
@@ -32,7 +32,7 @@ def collect(request: Request, store: Store, host: Netlink, exclusively: Exclusiv
             continue
         try:
             with exclusively(attachment):
-                _collect_one(attachment, store, host, now)
+                _collect_one(attachment, store, host, now, rest_s)
         except (CniError, StoreError, OSError) as error:
             failures.append(f"{attachment.container}/{attachment.ifname}: {error}")
     failures += _collect_links(request, store, host, exclusively)
@@ -51,6 +51,12 @@ def status(request: Request, network: NodeNetwork, store: Store, host: Netlink, 
     if bridge is None or not bridge.up:
         state = "missing" if bridge is None else "down"
         raise CniError(Code.LIMITED_CONNECTIVITY, f"the pods' bridge {network.bridge} is {state}")
+    tap = host.find_link(network.tap) if network.tap else None
+    if network.tap and (tap is None or not tap.up or tap.master != bridge.index):
+        state = "missing" if tap is None else "down" if not tap.up else f"not a port of {network.bridge}"
+        raise CniError(
+            Code.LIMITED_CONNECTIVITY, f"the way to the other nodes is cut: {network.tap} is {state}"
+        )
     conf = parse_netconf(request.config or {}, {})
     try:
         _status_of_addresses(request, conf, network, store, now)
@@ -80,12 +86,12 @@ def _guard_loads(network: NodeNetwork) -> bool:
     return True
 
 
-def _collect_one(attachment: Attachment, store: Store, host: Netlink, now: float) -> None:
+def _collect_one(attachment: Attachment, store: Store, host: Netlink, began: float, rest_s: float) -> None:
     record = store.find(attachment)  # again: it may have changed until we were alone with it
-    if record is None or max(record.reserved_at, record.attached_at or 0.0) >= now:
+    if record is None or max(record.reserved_at, record.attached_at or 0.0) >= began:
         return
     delete_port(attachment, host)
-    store.release(attachment, now)
+    store.release(attachment, began, rest_s)
 
 
 def _collect_links(request: Request, store: Store, host: Netlink, exclusively: Exclusively) -> list[str]:

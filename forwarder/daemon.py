@@ -140,6 +140,8 @@ class Daemon:
             stack.callback(self._cni.close)
             self._workers = ThreadPoolExecutor(CNI_WORKERS, thread_name_prefix="cni")
             stack.callback(self._workers.shutdown)
+            self._status_worker = ThreadPoolExecutor(1, thread_name_prefix="cni-status")
+            stack.callback(self._status_worker.shutdown)
             if self._config.names.enabled:
                 self._names = NodeNames(names_settings(self._config, wiring), self._read_pods)
                 stack.push_async_callback(self._names.close)
@@ -320,15 +322,21 @@ class Daemon:
             raise VerbError(str(error)) from None
 
     async def _call_cni(self, args: dict[str, Any]) -> dict[str, Any]:
-        environment, stdin = args.get("env"), args.get("stdin")
+        environment, stdin, began_at = args.get("env"), args.get("stdin"), args.get("began_at")
         if not (
             isinstance(environment, dict)
             and all(isinstance(value, str) for value in environment.values())
             and isinstance(stdin, str)
+            and isinstance(began_at, float | None)
         ):
-            raise VerbError("cni takes env, an object of strings, and stdin, a string")
-        loop = asyncio.get_running_loop()
-        status, stdout = await loop.run_in_executor(self._workers, self._cni.handle, environment, stdin)
+            raise VerbError(
+                "cni takes env, an object of strings, stdin, a string, and began_at, seconds since the boot"
+            )
+        # A runtime asks STATUS every few seconds, and takes a node that is slow to answer for a broken one.
+        workers = self._status_worker if environment.get("CNI_COMMAND") == "STATUS" else self._workers
+        status, stdout = await asyncio.get_running_loop().run_in_executor(
+            workers, self._cni.handle, environment, stdin, began_at
+        )
         if self._names is not None and environment.get("CNI_COMMAND") in ("ADD", "DEL", "GC"):
             self._names.note_pods()
         return {"exit": status, "stdout": stdout}
@@ -404,4 +412,6 @@ def node_network(config: Config, wiring: Wiring) -> NodeNetwork:
         # One superframe of a pod is then one send: more segments would not fit into one datagram.
         gso_max_segs=MAX_DATAGRAM_BYTES // (wiring.mtu_bytes + INNER_HEADER_BYTES + OPTION_BYTES),
         tunnel_ports=config.tunnel.ports,
+        tap=wiring.tap,
+        serves_names=config.names.enabled,
     )

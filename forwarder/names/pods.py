@@ -22,15 +22,23 @@ class Attached(Protocol):
     @property
     def pod_name(self) -> str: ...
     @property
+    def aliases(self) -> Sequence[str]: ...
+    @property
     def leases(self) -> Sequence[Lease]: ...
 
 
 def pods_of(records: Iterable[Attached]) -> tuple[Pod, ...]:
-    """One pod for each name, with the addresses of all its interfaces. A runtime without namespaces has its
-    pods in `default`."""
-    addresses: dict[tuple[str, str], list[Address]] = {}
+    """One pod for each name, with the addresses and the aliases of all its interfaces. A runtime without
+    namespaces has its pods in `default`; one that knows only aliases names the pod by the first."""
+    found: dict[tuple[str, str], tuple[list[Address], list[str]]] = {}
     for record in records:
-        if record.pod_name:
-            name = record.pod_namespace or DEFAULT_NAMESPACE, record.pod_name
-            addresses.setdefault(name, []).extend(lease.address for lease in record.leases)
-    return tuple(Pod(name, tuple(found), namespace) for (namespace, name), found in addresses.items())
+        name = next(filter(None, (record.pod_name, *record.aliases)), "")
+        if name:
+            key = record.pod_namespace or DEFAULT_NAMESPACE, name
+            addresses, aliases = found.setdefault(key, ([], []))
+            addresses.extend(lease.address for lease in record.leases)
+            aliases.extend(alias for alias in record.aliases if alias != name)
+    return tuple(
+        Pod(name, tuple(addresses), namespace, tuple(dict.fromkeys(aliases)))
+        for (namespace, name), (addresses, aliases) in found.items()
+    )

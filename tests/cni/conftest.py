@@ -89,8 +89,8 @@ class Node:
         self.service.close()
         os.close(self._netns)
 
-    def handle(self, env: Mapping[str, str], stdin: str) -> tuple[int, str]:
-        return netns.call_in(self._netns, self.service.handle, env, stdin)
+    def handle(self, env: Mapping[str, str], stdin: str, began_at: float | None = None) -> tuple[int, str]:
+        return netns.call_in(self._netns, self.service.handle, env, stdin, began_at)
 
     def conf(self, version: str = "1.0.0", **keys: Any) -> dict[str, Any]:
         return {
@@ -120,7 +120,7 @@ class Node:
         """The addresses that are given out, with their attachment's container."""
         with sqlite3.connect(self.state_dir / FILE_NAME) as database:
             rows = database.execute(
-                "SELECT address, container FROM addresses WHERE released_at IS NULL ORDER BY 1"
+                "SELECT address, container FROM addresses WHERE rests_until IS NULL ORDER BY 1"
             ).fetchall()
         database.close()
         return [f"{ip_address(address)} {container}" for address, container in rows]
@@ -222,7 +222,7 @@ class ControlServer:
     def __init__(
         self,
         path: Path,
-        handle: Callable[[Mapping[str, str], str], tuple[int, str]],
+        handle: Callable[[Mapping[str, str], str, float], tuple[int, str]],
     ) -> None:
         self._handle = handle
         self._socket = socket.socket(socket.AF_UNIX)
@@ -253,6 +253,8 @@ class ControlServer:
                     continue  # the plugin was killed while it asked
                 request = decode_request(line)
                 assert request.verb == "cni"
-                exit_code, stdout = self._handle(request.args["env"], request.args["stdin"])
+                exit_code, stdout = self._handle(
+                    request.args["env"], request.args["stdin"], request.args["began_at"]
+                )
                 with suppress(ConnectionError):  # or while it waited
                     connection.sendall(encode_response(Response({"exit": exit_code, "stdout": stdout})))

@@ -56,8 +56,8 @@ class Runtime:
         self.results[pod, ifname] = previous
         return previous
 
-    def check(self, pod: str, ifname: str = "eth0", but: str = "", **capabilities: Any) -> None:
-        for plugin in (plugin for plugin in self.plugins if plugin["type"] != but):
+    def check(self, pod: str, ifname: str = "eth0", but: Sequence[str] = (), **capabilities: Any) -> None:
+        for plugin in (plugin for plugin in self.plugins if plugin["type"] not in but):
             conf = self._conf(plugin, self.results[pod, ifname], capabilities)
             self._run("CHECK", plugin, conf, pod, ifname)
 

@@ -11,7 +11,9 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ import pytest
 from cni import install
 from cni.netlink import Netlink
 from cni.result import VERSIONS
-from tests.cni.conftest import Answer, Namespaces, Node, environment, links_of, run_plugin, sh
-from tests.cni.runtime import DEBIAN_PLUGINS, Runtime, debian_plugins, installed_plugin
+from cni.service import boot_clock, read_records
+from tests.cni.conftest import NETWORK, Answer, Namespaces, Node, environment, links_of, run_plugin, sh
+from tests.cni.runtime import DEBIAN_PLUGINS, PluginError, Runtime, debian_plugins, installed_plugin
 
 pytestmark = pytest.mark.root
 
@@ -196,7 +199,7 @@ def fake_ipam(directory: Path, log: Path, result: str, failing: str = "") -> str
     """A CNI_PATH with the IPAM plugin `fake`, which logs its commands and fails at those in `failing`."""
     script = directory / "fake"
     script.write_text(
-        f"#!/bin/sh\necho $CNI_COMMAND >>{log}\ncat >{log}.stdin\n"
+        f"#!/bin/sh\necho $CNI_COMMAND >>{log}\ncat >{log}.stdin\nenv >{log}.env\necho to the log >&2\n"
         f"case $CNI_COMMAND in {failing or 'NONE'}) "
         'echo \'{"code": 11, "msg": "not now"}\'; exit 1;; esac\n'
         f"[ $CNI_COMMAND = ADD ] && echo '{result}'; exit 0\n"
@@ -297,7 +300,8 @@ def test_19_del_with_a_failing_delegate_can_be_repeated(node: Node, namespaces: 
     conf = node.conf(ipam={"type": "fake"})
     assert node.call("ADD", pod, conf, CNI_PATH=path).exit == 0
     fake_ipam(node.state_dir.parent, log, result, failing="DEL")
-    assert code_of(node.call("DEL", pod, conf, CNI_NETNS="", CNI_PATH=path)) == 11
+    failed = node.call("DEL", pod, conf, CNI_NETNS="", CNI_PATH=path)
+    assert (code_of(failed), failed.body["details"]) == (11, "to the log")
     assert len(node.records()) == 1
     fake_ipam(node.state_dir.parent, log, result)
     assert node.call("DEL", pod, conf, CNI_NETNS="", CNI_PATH=path).exit == 0
@@ -426,6 +430,19 @@ def test_24_an_add_that_is_newer_than_the_gc_is_left_alone(
     assert [record[1] for record in node.records()] == [pod]
 
 
+def test_24_a_gc_that_waited_for_its_turn(node: Node, namespaces: Namespaces) -> None:
+    """The daemon was busy: since the plugin began, an ADD has come and gone that the list cannot know."""
+    stale, pod = namespaces.new(), namespaces.new()
+    node.call("ADD", stale)
+    began_at = boot_clock()
+    node.call("ADD", pod)
+    conf = json.dumps(node.conf("1.1.0") | {VALID: []})
+    assert node.handle(GC_ENV, conf, began_at) == (0, "")
+    assert [record[1] for record in node.records()] == [pod]
+    assert node.handle(GC_ENV, conf, boot_clock() + 1e9) == (0, ""), "nobody began in the future"
+    assert node.records() == []
+
+
 def test_25_keys_of_the_runtime_are_tolerated(node: Node, namespaces: Namespaces) -> None:
     keys: dict[str, Any] = {
         "disableGC": True,
@@ -458,6 +475,16 @@ def test_26_status_tells_the_truth(node: Node, namespaces: Namespaces) -> None:
     assert code_of(status(node)) == 51
     sh("ip", "-n", node.name, "link", "del", "loom0")
     assert code_of(status(node)) == 51
+
+
+@pytest.mark.parametrize("harm", ["down", "nomaster", "gone"])
+def test_26_status_tells_of_a_way_to_the_others_that_is_cut(node: Node, harm: str) -> None:
+    sh("ip", "-n", node.name, "link", "add", "tap0", "up", "master", "loom0", "type", "veth")
+    node.service.network = replace(NETWORK, tap="tap0")
+    assert status(node).exit == 0
+    sh("ip", "-n", node.name, "link", *(("del", "tap0") if harm == "gone" else ("set", "tap0", harm)))
+    cut = status(node)
+    assert (code_of(cut), "tap0" in cut.body["msg"]) == (51, True)
 
 
 def test_26_status_without_a_daemon_or_a_store(node: Node) -> None:
@@ -501,9 +528,13 @@ def test_27_delegation(node: Node, namespaces: Namespaces, tmp_path: Path) -> No
     conf = node.conf(
         "1.1.0", ipam={"type": "fake", "deep": {"x": [1, "ü"]}}, runtimeConfig={"ips": ["1.2.3.4"]}
     )
-    added = node.call("ADD", pod, conf, CNI_PATH=path)
+    added = node.call("ADD", pod, conf, CNI_PATH=path, TRACEPARENT="00-1-2-03")
     assert added.exit == 0, added
     assert json.loads(Path(f"{log}.stdin").read_text()) == conf
+    expected = environment("ADD", pod, CNI_PATH=path, TRACEPARENT="00-1-2-03")
+    assert expected.items() <= {
+        tuple(line.split("=", 1)) for line in Path(f"{log}.env").read_text().split("\n")
+    }
     assert added.body["ips"] == [
         {"address": "10.71.0.77/32", "gateway": "10.71.0.1", "interface": 1},
         {"address": "fd71::77/128", "gateway": "fd71::1", "interface": 1},
@@ -546,7 +577,7 @@ def test_27_a_delegates_answer_is_checked(
 def test_28_a_chain_of_reference_plugins(
     node: Node, namespaces: Namespaces, control_socket: Path, tmp_path: Path, family: str
 ) -> None:
-    """tuning before us would have nothing to tune; everything else comes after, and DEL goes backwards."""
+    """All of them after us; DEL goes backwards."""
     debian_plugins("portmap", "bandwidth", "tuning", "firewall", "sbr", "host-local")
     subnets = {"4": ["10.71.0.0/24"], "6": ["fd71::/64"], "both": ["10.71.0.0/24", "fd71::/64"]}[family]
     ipam = {
@@ -570,25 +601,78 @@ def test_28_a_chain_of_reference_plugins(
     pod = namespaces.new()
     wishes: dict[str, Any] = {
         "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}],
-        "bandwidth": {
-            "ingressRate": 10**8,
-            "ingressBurst": 10**8,
-            "egressRate": 10**8,
-            "egressBurst": 10**8,
-        },
+        "bandwidth": dict.fromkeys(("ingressRate", "ingressBurst", "egressRate", "egressBurst"), 10**8),
     }
     links = sorted(node.links())
     result = runtime.add(pod, **wishes)
     assert len(result["ips"]) == len(subnets)
     assert "8080" in sh("ip", "netns", "exec", node.name, "iptables-save") or family == "6"
     # portmap 1.1 looks for its rules in both families, whatever the pod has.
-    runtime.check(pod, but="portmap", **wishes)
+    runtime.check(pod, but=["portmap"], **wishes)
     runtime.delete(pod, **wishes)
     assert sorted(node.links()) == links
     assert "8080" not in sh("ip", "netns", "exec", node.name, "iptables-save")
     assert [
         path.name for path in (tmp_path / "host-local" / "podnet").iterdir() if path.name[0] in "1f"
     ] == []
+
+
+def test_28_reference_plugins_before_us(
+    node: Node, namespaces: Namespaces, control_socket: Path, tmp_path: Path
+) -> None:
+    """They work on what a plugin before them made; ours adds its interface, and hands all of it on.
+
+    bandwidth and sbr look for the interface that CNI_IFNAME names, which only we make: they come after us.
+    """
+    debian_plugins("portmap", "tuning", "firewall", "bandwidth", "sbr")
+    pod = namespaces.new()
+    earlier = {
+        "cniVersion": "1.0.0",
+        "interfaces": [{"name": "first0", "sandbox": f"/run/netns/{pod}"}],
+        "ips": [{"address": "192.0.2.9/24"}],
+    }
+    fake_ipam(tmp_path, tmp_path / "log", json.dumps(earlier))
+    before: Sequence[dict[str, Any]] = (
+        {"type": "tuning", "sysctl": {"net.ipv4.ip_default_ttl": "65"}},
+        {"type": "portmap", "capabilities": {"portMappings": True}},
+        {"type": "firewall", "backend": "iptables"},
+    )
+    after = ({"type": "bandwidth", "capabilities": {"bandwidth": True}}, {"type": "sbr"})
+    paths = [installed_plugin(tmp_path), DEBIAN_PLUGINS, tmp_path]
+    runtime = Runtime(node.name, [{"type": "fake"}, *before, ours(node), *after], paths)
+    wishes: dict[str, Any] = {
+        "portMappings": [{"hostPort": 8081, "containerPort": 80, "protocol": "tcp"}],
+        "bandwidth": dict.fromkeys(("ingressRate", "ingressBurst", "egressRate", "egressBurst"), 10**8),
+    }
+    links = sorted(node.links())
+    result = runtime.add(pod, **wishes)
+    assert [ip["address"] for ip in result["ips"]] == ["192.0.2.9/24", "10.71.0.2/32", "fd71::2/128"]
+    assert sh("ip", "netns", "exec", pod, "sysctl", "-n", "net.ipv4.ip_default_ttl").strip() == "65"
+    assert "192.0.2.9:80" in sh("ip", "netns", "exec", node.name, "iptables-save")
+    # firewall 1.1 looks for rules for what came after it, too.
+    runtime.check(pod, but=["portmap", "firewall"], **wishes)
+    runtime.delete(pod, **wishes)
+    assert (sorted(node.links()), node.held()) == (links, [])
+    assert "192.0.2.9" not in sh("ip", "netns", "exec", node.name, "iptables-save")
+
+
+@pytest.mark.parametrize("how", ["DEL", "GC"])
+def test_28_a_plugin_after_us_that_fails_for_ever(
+    node: Node, namespaces: Namespaces, control_socket: Path, tmp_path: Path, how: str
+) -> None:
+    """A runtime that goes on after its DEL reaches ours; for one that stops there, GC is left."""
+    pod, paths = namespaces.new(), [installed_plugin(tmp_path), tmp_path]
+    fake_ipam(tmp_path, tmp_path / "log", "", failing="ADD|DEL|GC")
+    runtime = Runtime(node.name, [ours(node), {"type": "fake"}], paths, version="1.1.0")
+    for call in (runtime.add, runtime.delete):
+        with pytest.raises(PluginError, match="fake"):
+            call(pod)
+    assert len(node.held()) == 2
+    if how == "GC":
+        assert [failure.plugin for failure in runtime.collect([])] == ["fake"]
+    else:
+        Runtime(node.name, [ours(node)], paths).delete(pod)
+    assert (node.held(), node.records(), ports(node)) == ([], [], [])
 
 
 def test_28_status_and_gc_through_the_chain(
@@ -632,7 +716,9 @@ CAPABILITIES: dict[str, tuple[dict[str, Any], int]] = {
     "portMappings": ({"portMappings": [{"hostPort": 80, "containerPort": 80}]}, 2),
     "portMappings none": ({"portMappings": []}, 0),
     "bandwidth": ({"bandwidth": {"ingressRate": 1}}, 2),
-    "aliases": ({"aliases": ["web"]}, 2),
+    "aliases": ({"aliases": ["web", "front.shop"]}, 0),
+    "aliases nonsense": ({"aliases": ["a b"]}, 7),
+    "aliases unserved": ({"aliases": ["web"]}, 2),
     "infinibandGUID": ({"infinibandGUID": "24:8a:07:03:00:8d:ae:2e"}, 2),
     "deviceID": ({"deviceID": "0000:04:00.5"}, 2),
 }
@@ -642,6 +728,7 @@ CAPABILITIES: dict[str, tuple[dict[str, Any], int]] = {
 def test_30_capabilities(node: Node, namespaces: Namespaces, case: str) -> None:
     wish, code = CAPABILITIES[case]
     pod = namespaces.new()
+    node.service.network = replace(NETWORK, serves_names=case != "aliases unserved")
     answer = node.call("ADD", pod, node.conf(runtimeConfig=wish))
     if code:
         assert code_of(answer) == code
@@ -657,6 +744,9 @@ def test_30_capabilities(node: Node, namespaces: Namespaces, case: str) -> None:
     elif case == "mac":
         assert links_of(pod)["eth0"]["address"] == "02:00:5e:10:00:01" == answer.body["interfaces"][1]["mac"]
         assert code_of(node.call("ADD", namespaces.new(), node.conf(runtimeConfig=wish))) == 11
+    elif case == "aliases":
+        (record,) = read_records(node.state_dir)
+        assert record.aliases == ("web", "front.shop")
     elif case == "dns":
         told = {"nameservers": ["192.0.2.1"], "search": ["a.b"], "options": ["ndots:5"]}
         assert answer.body["dns"] == told

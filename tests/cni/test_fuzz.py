@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cni import plugin
+from cni.netconf import QUARANTINE_S
 from cni.request import STDIN_LIMIT
 from cni.result import VERSIONS
-from cni.store import QUARANTINE_S, Holder, Store
+from cni.store import Holder, Store
 from tests.cni.conftest import Answer, Node, environment
 
 VERBS = ("ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION")
@@ -155,7 +156,7 @@ def test_a_hundred_thousand_lives_of_the_store(tmp_path: Any) -> None:
             if lease.address in released:
                 shortest = min(shortest, now - released[lease.address])
     assert store.records() == []
-    assert store._one("SELECT count(*) FROM addresses WHERE released_at IS NULL")[0] == 0
+    assert store._one("SELECT count(*) FROM addresses WHERE rests_until IS NULL")[0] == 0
     assert shortest >= QUARANTINE_S
     store.close()
     print(f"\n{cycles} lives, nothing left; an address came back after {shortest:.0f} s at the soonest")  # noqa: T201

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -53,6 +55,7 @@ LINK_LOCAL = "fe80::ff:fe00:5"  # of MAC
 NODE, NODE6 = "192.0.2.7", "2001:db8::7"
 TUNNEL_PORTS = (6081, 4789, 8472)
 N = 50
+_PROG_DETACH = 9  # linux/bpf.h
 
 POD = guard.Allowance(
     MAC,
@@ -293,6 +296,48 @@ def test_switched_off_only_by_the_configuration(node: Node, namespaces: Namespac
             assert wire.delivered(bytes(spoofed[kind]), last) == N
 
 
+def test_check_finds_the_guard_gone(node: Node, namespaces: Namespaces) -> None:
+    """Whoever is root on the node can detach it, and a pod without it is not as it was made."""
+    pod = namespaces.new()
+    added = node.call("ADD", pod)
+    port = node.links()[added.body["interfaces"][0]["name"]]["ifindex"]
+    conf = node.conf(prevResult=added.body)
+    assert node.call("CHECK", pod, conf).exit == 0
+    fd = os.open(f"/run/netns/{node.name}", os.O_RDONLY)
+    try:
+        detach = struct.pack("=IIII", port, 0, bpf._TCX_INGRESS, 0)
+        netns.call_in(fd, bpf._bpf, _PROG_DETACH, detach, "detach the last program")
+    finally:
+        os.close(fd)
+    failed = node.call("CHECK", pod, conf)
+    assert (failed.body["code"], "anti-spoofing" in failed.body["msg"]) == (102, True)
+
+
+def test_a_dhcp_client_asks_without_an_address_and_nobody_else(program: int) -> None:
+    """The dhcp plugin renews so. Nothing else passes by that way."""
+    client = bpf.load(guard.program(replace(POD, dhcp_client=True)))
+    link, ask = Ether(src=MAC, dst="ff:ff:ff:ff:ff:ff"), IP(src="0.0.0.0", dst="255.255.255.255")
+    request = UDP(sport=68, dport=67) / BOOTP(op=1) / DHCP(options=[("message-type", "request")])
+    bad = {
+        "another's MAC": Ether(src=OTHER_MAC, dst="ff:ff:ff:ff:ff:ff") / ask / request,
+        "to one host": link / IP(src="0.0.0.0", dst=NODE) / request,
+        "another port": link / ask / UDP(sport=68, dport=6081) / Raw(bytes(40)),
+        "a server's": link / ask / UDP(sport=67, dport=68) / Raw(bytes(40)),
+        "TCP": link / ask / TCP(sport=68, dport=67),
+        "options": link / IP(src="0.0.0.0", dst="255.255.255.255", options=[b"\x01" * 4]) / request,
+        "a fragment": link / IP(src="0.0.0.0", dst="255.255.255.255", flags="MF") / request,
+    }
+    try:
+        assert bpf.run(client, bytes(link / ask / request)) == guard.ACCEPT
+        assert bpf.run(program, bytes(link / ask / request)) == guard.DROP
+        for kind, frame in {**SPOOFED, **bad}.items():
+            assert bpf.run(client, bytes(frame)) == guard.DROP, kind
+        for kind, frame in HONEST.items():
+            assert bpf.run(client, bytes(frame)) == guard.ACCEPT, kind
+    finally:
+        os.close(client)
+
+
 def test_kernels_before_tcx(node: Node, namespaces: Namespaces, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same program as a filter of a clsact qdisc; CHECK finds it, and finds it gone."""
     pod = namespaces.new()
@@ -331,5 +376,14 @@ def test_an_ordinary_pods_own_traffic_passes(node: Node, namespaces: Namespaces)
     """What its kernel sends by itself, MAC of its own, both families, and fragments."""
     pod = namespaces.new()
     assert node.call("ADD", pod).exit == 0
-    for target in (GATEWAY, GATEWAY6):
-        sh("ip", "netns", "exec", pod, "ping", "-c", "2", "-i", "0.2", "-W", "2", "-s", "4000", target)
+    fd = os.open(f"/run/netns/{pod}", os.O_RDONLY)
+    try:
+        for family, target in ((socket.AF_INET, GATEWAY), (socket.AF_INET6, GATEWAY6)):
+            with netns.call_in(fd, socket.socket, family, socket.SOCK_DGRAM) as sender:
+                sender.settimeout(5)
+                sender.connect((target, 9))
+                sender.send(bytes(4000))
+                with pytest.raises(ConnectionRefusedError):  # the whole datagram came, and the host answered
+                    sender.recv(1)
+    finally:
+        os.close(fd)

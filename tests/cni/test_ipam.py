@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
 import threading
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cni.ipam import IpAddress, Pool, choose
+from cni.netconf import QUARANTINE_S
 from cni.request import Attachment
-from cni.store import QUARANTINE_S, Holder, PoolExhaustedError, Store, StoreError
+from cni.store import FILE_NAME, Holder, PoolExhaustedError, Store, StoreError
 
 BOOT = "boot-1"
 
@@ -118,7 +120,7 @@ def test_exhaustion_is_told_and_reserves_nothing(tmp_path: Path) -> None:
     with pytest.raises(PoolExhaustedError, match=r"10\.0\.0\.1 to 10\.0\.0\.2"):
         reserver.reserve()
     assert reserver.store.find(attachment(2)) is None
-    reserver.store.forget(attachment(1))
+    reserver.store.release(attachment(1), 1000.0)
     assert reserver.reserve() == ("fd00::3", "10.0.0.2")
     reserver.store.close()
 
@@ -176,6 +178,72 @@ def test_a_new_boot_releases_the_last_ones(tmp_path: Path) -> None:
     assert after.store.find(attachment(1)) is None
     assert after.reserve(2001.0) == ("10.0.0.3",)
     after.store.close()
+
+
+def test_a_boot_begins_the_clock_anew(tmp_path: Path) -> None:
+    """What rested by the last boot's clock rests again, but not until that clock's time comes."""
+    before = Reserver(tmp_path, pool_of("10.0.0.0/29"), now=90_000.0)
+    before.reserve(90_000.0)
+    before.store.release(attachment(1), 90_000.0)
+    before.store.close()
+    after = Reserver(tmp_path, pool_of("10.0.0.0/29"), boot="boot-2", now=5.0)
+    assert [after.reserve(5.0)[0] for _ in range(4)] == [f"10.0.0.{host}" for host in (3, 4, 5, 6)]
+    after.store.release(attachment(4), 7.0)
+    assert after.reserve(6.0 + QUARANTINE_S) == ("10.0.0.2",)
+    after.store.close()
+
+
+def test_a_store_of_version_1_is_taken_over(tmp_path: Path) -> None:
+    """Pods of this boot stay, in a store that told the time since 1970; a GC may collect them later."""
+    path = tmp_path / FILE_NAME
+    database = sqlite3.connect(path)
+    database.executescript(VERSION_1)
+    for host, released_at in ((1, None), (2, 1.7e9)):
+        address, gateway = bytes([10, 0, 0, host + 1]), bytes([10, 0, 0, 1])
+        values = (4, address, gateway, "podnet", f"c{host}", "eth0", released_at)
+        database.execute("INSERT INTO addresses VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+    record_1 = ("podnet", "c1", "eth0", "pl1", "loom0", BOOT, "", "", None, 1.7e9, 1.7e9)
+    database.execute("INSERT INTO attachments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", record_1)
+    database.commit()
+    database.close()
+    reserver = Reserver(tmp_path, pool_of("10.0.0.0/29"), now=500.0)
+    record = reserver.store.find(attachment(1))
+    assert record is not None
+    assert (record.reserved_at, record.attached_at) == (500.0, 500.0)
+    reserver.number = 10
+    assert [reserver.reserve(501.0)[0] for _ in range(4)] == [f"10.0.0.{host}" for host in (4, 5, 6, 3)]
+    reserver.store.close()
+
+
+VERSION_1 = """
+CREATE TABLE attachments (
+    network TEXT NOT NULL, container TEXT NOT NULL, ifname TEXT NOT NULL,
+    host_ifname TEXT NOT NULL, bridge TEXT NOT NULL, boot_id TEXT NOT NULL,
+    pod_namespace TEXT NOT NULL, pod_name TEXT NOT NULL,
+    mac TEXT UNIQUE, reserved_at REAL NOT NULL, attached_at REAL,
+    PRIMARY KEY (network, container, ifname)
+) WITHOUT ROWID;
+CREATE TABLE addresses (
+    family INTEGER NOT NULL, address BLOB NOT NULL, gateway BLOB NOT NULL,
+    network TEXT NOT NULL, container TEXT NOT NULL, ifname TEXT NOT NULL,
+    released_at REAL,
+    PRIMARY KEY (family, address)
+) WITHOUT ROWID;
+CREATE INDEX addresses_of_attachment ON addresses (network, container, ifname);
+CREATE TABLE last_given (pool TEXT NOT NULL PRIMARY KEY, address BLOB NOT NULL) WITHOUT ROWID;
+PRAGMA user_version = 1;
+"""
+
+
+def test_what_has_rested_is_forgotten(tmp_path: Path) -> None:
+    """An IPv6 pool never comes round: its past would fill the disk."""
+    reserver = Reserver(tmp_path, pool_of("fd00::/64"))
+    for number in range(1, 50):
+        reserver.reserve(1000.0 + number * 10)
+        reserver.store.release(attachment(number), 1000.0 + number * 10)
+    rows = reserver.store._one("SELECT count(*) FROM addresses")[0]
+    assert rows <= QUARANTINE_S / 10 + 1
+    reserver.store.close()
 
 
 def test_stores_of_several_processes_agree(tmp_path: Path) -> None:

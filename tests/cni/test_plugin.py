@@ -23,7 +23,16 @@ from forwarder.control.messages import (
     Request,
     encode_request,
 )
-from tests.cni.conftest import REPOSITORY, ControlServer, Namespaces, Node, environment, links_of, run_plugin
+from tests.cni.conftest import (
+    REPOSITORY,
+    ControlServer,
+    Namespaces,
+    Node,
+    environment,
+    links_of,
+    run_plugin,
+    sh,
+)
 
 root = pytest.mark.root
 
@@ -57,17 +66,29 @@ def test_a_pods_life_through_the_daemon(node: Node, namespaces: Namespaces, cont
 
 @root
 def test_the_daemon_away(node: Node, namespaces: Namespaces) -> None:
-    """DEL and CHECK do their work on the same store; ADD says what to start."""
+    """DEL, CHECK and GC do their work on the same store; CHECK also says that the pod is cut off, and ADD
+    what to start."""
     pod = namespaces.new()
     added = node.call("ADD", pod)
     node.service.close()
     conf = text(node, prevResult=added.body)
-    assert run_plugin(environment("CHECK", pod), conf, in_namespace=node.name).returncode == 0
+    cut_off = answered(run_plugin(environment("CHECK", pod), conf, in_namespace=node.name))
+    assert (cut_off["code"], "as it was made" in cut_off["msg"]) == (11, True)
+    sh("ip", "-n", pod, "addr", "del", "10.71.0.2/32", "dev", "eth0")
+    damaged = answered(run_plugin(environment("CHECK", pod), conf, in_namespace=node.name))
+    assert (damaged["code"], "10.71.0.2" in damaged["msg"]) == (102, True)
     for _ in range(2):
         done = run_plugin(environment("DEL", pod), conf, in_namespace=node.name)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert (node.held(), node.records()) == ([], [])
     assert not [name for name in node.links() if name.startswith("pl")]
+    assert node.call("ADD", pod).exit == 0
+    node.service.close()
+    env = {"CNI_COMMAND": "GC", "CNI_PATH": "/opt/cni/bin"}
+    conf = json.dumps(node.conf("1.1.0") | {"cni.dev/valid-attachments": []}).encode()
+    collected = run_plugin(env, conf, in_namespace=node.name)
+    assert (collected.returncode, collected.stdout) == (0, b"")
+    assert (node.held(), node.records(), sorted(links_of(pod))) == ([], [], ["lo"])
     refused = run_plugin(environment("ADD", pod), text(node), in_namespace=node.name)
     assert refused.returncode != 0
     error = answered(refused)
@@ -119,10 +140,14 @@ def test_a_silent_daemon_is_given_up_at_the_deadline(tmp_path: Path, monkeypatch
         listener.bind(str(path))
         listener.listen()
         monkeypatch.setattr(client, "DEADLINE_S", 0.05)
+        monkeypatch.setattr(client, "STATUS_DEADLINE_S", 0.05)
         conf = {"cniVersion": "1.1.0", "name": "podnet", "controlSocket": str(path)}
-        exit_code, stdout, _ = plugin.run(environment("ADD", "c1"), io.BytesIO(json.dumps(conf).encode()))
-    assert exit_code != 0
-    assert "timed out" in json.loads(stdout)["details"]
+        for command, code in (("ADD", 11), ("STATUS", 51)):
+            exit_code, stdout, _ = plugin.run(
+                environment(command, "c1"), io.BytesIO(json.dumps(conf).encode())
+            )
+            assert (exit_code, json.loads(stdout)["code"]) == (1, code)
+            assert "timed out" in json.loads(stdout)["details"]
 
 
 MALFORMED: dict[str, tuple[dict[str, str], bytes, int]] = {
@@ -211,7 +236,8 @@ def test_the_client_speaks_the_control_protocol() -> None:
     """It repeats what messages says, to be spared importing it."""
     env = {"CNI_COMMAND": "ADD", "CNI_ARGS": 'a="\\;\n\x00é\ud800'}
     text = '{"name": "pøds\U0001f9f6"}'
-    assert client.encode_call(env, text) == encode_request(Request("cni", {"env": env, "stdin": text}))
+    args = {"env": env, "stdin": text, "began_at": 12345.678901234}
+    assert client.encode_call(env, text, 12345.678901234) == encode_request(Request("cni", args))
     assert f"{DEFAULT_RUN_DIR}/{SOCKET_NAME}" == client.DEFAULT_SOCKET
     assert (client.REQUEST_BYTES_MAX, plugin.STDIN_LIMIT) == (MAX_LINE_BYTES, STDIN_LIMIT)
 

@@ -35,7 +35,7 @@ def test_parallel_calls_lose_and_leak_nothing(
             storm(theirs, names, unique)
         assert node.namespace.link_names() == links
         database = sqlite3.connect(tmp_path / "n1" / "state" / FILE_NAME)
-        held = database.execute("SELECT count(*) FROM addresses WHERE released_at IS NULL").fetchone()
+        held = database.execute("SELECT count(*) FROM addresses WHERE rests_until IS NULL").fetchone()
         records = database.execute("SELECT count(*) FROM attachments").fetchone()
         database.close()
         assert (held, records) == ((0,), (0,))

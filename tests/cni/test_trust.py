@@ -15,7 +15,7 @@ import pytest
 
 from cni import cli, install
 from tests.cni.conftest import REPOSITORY, Answer, Namespaces, Node, environment, links_of
-from tests.cni.runtime import installed_plugin
+from tests.cni.runtime import DEBIAN_PLUGINS, debian_plugins, installed_plugin
 
 pytestmark = pytest.mark.root
 
@@ -30,19 +30,19 @@ def executed(trace: Path) -> list[str]:
 def test_no_shell_and_no_other_program(
     node: Node, namespaces: Namespaces, tmp_path: Path, command: str
 ) -> None:
-    """The service's whole process is traced; the plugin's only execve is itself."""
-    if shutil.which("strace") is None:
-        pytest.skip("no strace: what ADD executes is NOT tested in this run")
-    pod, trace = namespaces.new(), tmp_path / "trace"
+    """The service's whole process is traced."""
+    pod = namespaces.new()
     if command == "DEL":
         assert node.call("ADD", pod).exit == 0
         node.service.close()
-    call = {
-        "how": "service",
-        "env": environment(command, pod),
-        "stdin": json.dumps(node.conf()),
-        "state_dir": str(node.state_dir),
-    }
+    call = {"env": environment(command, pod), "stdin": json.dumps(node.conf())}
+    assert traced(node, call, tmp_path / "trace") == [sys.executable]
+
+
+def traced(node: Node, call: dict[str, Any], trace: Path) -> list[str]:
+    """What a process of its own executes that answers the call, which must succeed."""
+    if shutil.which("strace") is None:
+        pytest.skip("no strace: what ADD executes is NOT tested in this run")
     script = (
         "import json, sys; from pathlib import Path; from cni.service import CniService;"
         "from tests.cni.conftest import NETWORK; call = json.load(sys.stdin);"
@@ -54,14 +54,26 @@ def test_no_shell_and_no_other_program(
             *("ip", "netns", "exec", node.name, "strace", "-f", "-e", "trace=execve", "-o", str(trace)),
             *(sys.executable, "-c", script),
         ],
-        input=json.dumps(call),
+        input=json.dumps(call | {"state_dir": str(node.state_dir)}),
         capture_output=True,
         text=True,
         check=True,
         cwd=REPOSITORY,
     )
     assert done.stdout.startswith("(0,"), done.stdout
-    assert executed(trace) == [sys.executable]
+    return executed(trace)
+
+
+def test_a_delegated_plugin_is_all_that_is_executed(
+    node: Node, namespaces: Namespaces, tmp_path: Path
+) -> None:
+    debian_plugins("host-local")
+    ipam = {"type": "host-local", "dataDir": str(tmp_path / "d"), "ranges": [[{"subnet": "10.71.0.0/24"}]]}
+    call = {
+        "env": environment("ADD", namespaces.new(), CNI_PATH=str(DEBIAN_PLUGINS)),
+        "stdin": json.dumps(node.conf(ipam=ipam)),
+    }
+    assert traced(node, call, tmp_path / "trace") == [sys.executable, str(DEBIAN_PLUGINS / "host-local")]
 
 
 def test_the_plugin_executes_only_itself(tmp_path: Path) -> None:
@@ -196,6 +208,21 @@ def test_several_ranges_and_exclusions(node: Node, namespaces: Namespaces) -> No
     assert given == ["10.71.0.20/32", "10.71.0.22/32", "10.71.0.41/32", 11]
 
 
+@pytest.mark.parametrize(("keys", "then"), [({}, "10.71.0.3/32"), ({"quarantineSeconds": 0}, "10.71.0.2/32")])
+def test_how_long_addresses_rest_is_configured(
+    node: Node, namespaces: Namespaces, keys: dict[str, Any], then: str
+) -> None:
+    """All have been given. While they rest the longest at rest comes next, and the next in turn otherwise."""
+    subnet = {"subnet": "10.71.0.0/24", "rangeStart": "10.71.0.2", "rangeEnd": "10.71.0.4"}
+    conf, pods = node.conf(ipam={"ranges": [[subnet]]}), [namespaces.new() for _ in range(3)]
+    conf["ipam"] |= keys
+    for pod in pods:
+        assert node.call("ADD", pod, conf).exit == 0
+    for pod in (pods[1], pods[0]):
+        assert node.call("DEL", pod, conf).exit == 0
+    assert node.call("ADD", pods[0], conf).body["ips"][0]["address"] == then
+
+
 BAD_CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ipam.ranges[0] ": {"ipam": {"ranges": [[]]}},
     "ipam.ranges[0][0].subnet ": {"ipam": {"ranges": [[{}]]}},
@@ -204,6 +231,7 @@ BAD_CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "ipam.ranges[0][0].gateway ": {"ipam": {"ranges": [[{"subnet": "10.71.0.0/24", "gateway": "x"}]]}},
     "ipam.exclude ": {"ipam": {"exclude": ["10.71.0.0/99"]}},
+    "ipam.quarantineSeconds is -1": {"ipam": {"quarantineSeconds": -1}},
     "mtu ": {"mtu": 1279},
     "mtu is 9000": {"mtu": 9000},
     "spoofCheck is 'no'": {"spoofCheck": "no"},

@@ -70,6 +70,7 @@ def test_add_wires_the_pod(node: Node, namespaces: Namespaces) -> None:
     assert (eth0["mtu"], eth0["gso_max_segs"], eth0["operstate"]) == (MTU, 44, "UP")
     assert (host["mtu"], host["gso_max_segs"], host["master"]) == (MTU, 44, "loom0")
     assert host["ifalias"] == f"podloom podnet/{pod}/eth0"
+    assert "tentative" not in sh("ip", "-n", pod, "addr"), "a pod that starts waits for no DAD"
     port = host["linkinfo"]["info_slave_data"]
     assert (port["isolated"], port["hairpin"]) == (True, False)
     for family, gateway in (("-4", "10.71.0.1"), ("-6", "fd71::1")):
@@ -441,6 +442,11 @@ DAMAGES = {
     "port off the bridge": ["ip -n {node} link set {port} nomaster"],
     "port not isolated": ["ip -n {node} link set {port} type bridge_slave isolated off"],
     "bridge gone": ["ip -n {node} link del loom0"],
+    "bridge down": ["ip -n {node} link set loom0 down"],
+    "another link in the host end's place": [
+        "ip -n {node} link del {port}",
+        "ip -n {node} link add {port} master loom0 up type veth",
+    ],
 }
 
 
@@ -499,6 +505,7 @@ def test_another_boots_attachments_are_released(node: Node, namespaces: Namespac
     database = sqlite3.connect(node.state_dir / FILE_NAME)
     with database:
         database.execute("UPDATE attachments SET boot_id = 'another'")
+        database.execute("UPDATE boot SET boot_id = 'another'")
     database.close()
     assert node.call("DEL", namespaces.new()).exit == 0
     assert (node.held(), node.records()) == ([], [])

@@ -104,7 +104,7 @@ asyncio.run(main())
 """
 
 
-def cni(node: Node, command: str, pod: Namespace, *, name: str) -> dict[str, Any]:
+def cni(node: Node, command: str, pod: Namespace, *, name: str, **capabilities: Any) -> dict[str, Any]:
     """One call of the plugin, as a runtime makes it."""
     conf = {
         "cniVersion": "1.1.0",
@@ -112,6 +112,7 @@ def cni(node: Node, command: str, pod: Namespace, *, name: str) -> dict[str, Any
         "type": "podloom-cni",
         "controlSocket": str(node.control_socket),
         "stateDir": node.tables["node"]["state_dir"],
+        "runtimeConfig": capabilities,
     }
     environment = {
         **os.environ,
@@ -166,7 +167,7 @@ def start(node: Node) -> None:
 
 def test_a_pod_is_told_of_the_resolver_and_finds_names(named: Node, pod: Namespace) -> None:
     start(named)
-    result = cni(named, "ADD", pod, name="web-0")
+    result = cni(named, "ADD", pod, name="web-0", aliases=["front"])
     assert result["dns"] == {
         "nameservers": ["10.42.1.1", "fd42:0:0:1::1"],
         "search": ["svc.cluster.local", "cluster.local"],
@@ -176,6 +177,7 @@ def test_a_pod_is_told_of_the_resolver_and_finds_names(named: Node, pod: Namespa
     until(lambda: ask(pod, "10.42.1.1", name) == f"NOERROR {own[0]}", "the pod's own name")
     for server in result["dns"]["nameservers"]:
         for over in ("udp", "tcp"):
+            assert ask(pod, server, "front.shop.pod.cluster.local", "A", over) == f"NOERROR {own[0]}"
             assert ask(pod, server, name, "AAAA", over) == f"NOERROR {own[1]}"
             assert ask(pod, server, "web.default.svc.cluster.local", "A", over) == "NOERROR 10.43.0.10"
     pointer = ".".join(reversed(own[0].split("."))) + ".in-addr.arpa"

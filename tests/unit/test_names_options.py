@@ -124,6 +124,7 @@ class Attached:
     pod_namespace: str
     pod_name: str
     leases: list[Held]
+    aliases: tuple[str, ...] = ()
 
 
 def test_pods_are_what_the_runtime_named() -> None:
@@ -132,9 +133,11 @@ def test_pods_are_what_the_runtime_named() -> None:
         Attached("shop", "web-0", [Held(one), Held(two)]),
         Attached("", "", [Held(three)]),
         Attached("", "lonely", [Held(three)]),
-        Attached("shop", "web-0", [Held(three)]),
+        Attached("shop", "web-0", [Held(three)], ("front", "web-0")),
+        Attached("", "", [Held(one)], ("db", "store")),
     ]
     assert pods_of(records) == (  # type: ignore[arg-type]
-        Pod("web-0", (one, two, three), "shop"),
+        Pod("web-0", (one, two, three), "shop", ("front",)),
         Pod("lonely", (three,), "default"),
+        Pod("db", (one,), "default", ("store",)),
     )
