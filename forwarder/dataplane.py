@@ -239,6 +239,7 @@ def apply_changes(changes: Iterable[Change], prefixes: PrefixTable, peers: PeerT
                     endpoint=path.endpoint.packed,
                     port=path.port,
                     mtu=path.mtu_bytes,
+                    partial_checksums=path.partial_checksums,
                 )
             case AllowSource(address, slot):
                 peers.allow_source(address.packed, slot)
