@@ -26,6 +26,7 @@ EXTENSIONS = [
     "fastpath.table",
     "fastpath.kernel.tap",
     "fastpath.kernel.udp",
+    "fastpath.probes",
     "fastpath.sender",
     "fastpath.writer",
     "fastpath.pump",

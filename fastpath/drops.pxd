@@ -26,6 +26,7 @@ cdef enum Drop:
     DROP_TOO_BIG
     DROP_ECN_CE_NOT_ECT
     DROP_INNER_CHECKSUM
+    DROP_PROBES_FULL
     DROP_UDP_FULL
     DROP_UDP_ERROR
     DROP_TAP_FULL
@@ -34,11 +35,13 @@ cdef enum Drop:
 
 
 # What one direction has done. Every frame or datagram that is received is either forwarded or
-# dropped, once, under one reason: received == forwarded + sum(drops).
+# dropped, once, under one reason: received == forwarded + sum(drops). Probes (wire/probe.pxd) that were
+# sent (encap) or heard (decap) are counted beside, and are no part of that.
 cdef struct Counters:
     uint64_t received
     uint64_t forwarded
     uint64_t forwarded_bytes
+    uint64_t probes
     uint64_t drops[DROP_REASONS]
 
 

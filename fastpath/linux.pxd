@@ -6,6 +6,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 cdef extern from "<errno.h>" nogil:
     int errno
     enum:
+        EAFNOSUPPORT
         EAGAIN
         EINTR
         EINVAL

@@ -9,6 +9,7 @@ from libc.stdint cimport uint8_t, uint32_t
 
 from fastpath.drops cimport Counters
 from fastpath.kernel.udp cimport BATCH, Received, ReceiveBatch
+from fastpath.probes cimport Probes
 from fastpath.sender cimport Sender
 from fastpath.table cimport Encapsulation, PeerTable, PrefixTable
 from fastpath.writer cimport Writer
@@ -43,6 +44,7 @@ cdef class Pump:
     cdef PeerTable peers
     cdef Sender sender
     cdef Writer writer
+    cdef Probes probes
     cdef Receiver receivers[RECEIVERS]
     cdef int receiver_count
     cdef Counters encap_counters
@@ -59,3 +61,5 @@ cdef class Pump:
     cdef int decap_datagram(
         self, Receiver *receiver, int slot, uint8_t *datagram, size_t length, int outer_ecn
     ) noexcept nogil
+    cdef int decap_control(self, int slot, const uint8_t *datagram, size_t length) noexcept nogil
+    cdef int hear(self, int slot, const uint8_t *frame) noexcept nogil

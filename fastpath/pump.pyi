@@ -45,9 +45,17 @@ class Pump:
         on and is off was refused by the kernel."""
     def set_offload(self, name: str, on: bool) -> None:
         """ValueError if there is no such offload."""
+    def send_probe(self, slot: int, flow: int, probe: bytes, packet_bytes: int = ...) -> bool:
+        """Send 64 bytes of probe to a peer as a packet of that flow would go, padded with zeroes to
+        `packet_bytes` behind its inner Ethernet header; whether the kernel took it. KeyError if the slot
+        is free."""
+    def take_probes(self) -> list[tuple[int, bytes]]:
+        """[(slot, probe without padding)] of what was heard since the last call, in order. At most 512 wait;
+        more are dropped as PROBES_FULL."""
     def counters(self) -> dict[str, dict[str, int]]:
         """{"encap": {...}, "decap": {...}}: frames/datagrams seen, packets delivered, bytes, drops by name.
 
-        Each direction has "received", "forwarded", "forwarded_bytes", and "drops": {reason: n}."""
+        Each direction has "received", "forwarded", "forwarded_bytes", and "drops": {reason: n}; and beside
+        them "probes", sent or heard."""
     def drops(self) -> dict[str, dict[str, int]]:
         """{"encap": {reason: n}, "decap": {reason: n}}, every reason present, names in lower case."""

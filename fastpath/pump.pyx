@@ -8,12 +8,15 @@ from libc.string cimport memcmp, memcpy
 from fastpath.drops cimport (
     DROP_ECN_CE_NOT_ECT,
     DROP_FRAME_NOT_FOR_ROUTER,
+    DROP_FRAME_NOT_IP,
     DROP_FRAME_SHORT,
     DROP_INNER_DESTINATION,
     DROP_INNER_SOURCE,
     DROP_NO_ROUTE,
     DROP_OUTER_OVERSIZE,
+    DROP_PROBES_FULL,
     DROP_TOO_BIG,
+    DROP_TUNNEL_OAM,
     DROP_TUNNEL_OPTIONS,
     DROP_UNKNOWN_PEER,
     DROP_VNI_UNKNOWN,
@@ -46,8 +49,9 @@ from fastpath.offload.virtio cimport (
 from fastpath.table cimport GENEVE, LOCAL, NO_SLOT, VXLAN, Peer, peer_at
 from fastpath.wire.classify cimport Frame, classify_frame, flow_hash
 from fastpath.wire.ethernet cimport ETHERNET_HEADER
-from fastpath.wire.geneve cimport geneve_decode
+from fastpath.wire.geneve cimport geneve_control, geneve_decode
 from fastpath.wire.ip cimport ECN_MASK, ecn_combine, ipv4_set_ecn, ipv6_set_ecn
+from fastpath.wire.probe cimport PROBE_BYTES, is_probe, probe_encode
 from fastpath.wire.vxlan cimport vxlan_decode
 
 
@@ -109,6 +113,7 @@ cdef class Pump:
         self.sender.counters = &self.encap_counters
         self.writer = Writer(tap_fd, vnet_header_size, router_mac, gateway_mac, peers)
         self.writer.counters = &self.decap_counters
+        self.probes = Probes()
         watch(self, tap_fd)
 
     def add_receiver(self, int fd, str encapsulation not None):
@@ -197,6 +202,26 @@ cdef class Pump:
         if n < 0:
             raise OSError(-n, f"receiving datagrams: {os.strerror(-n)}")
         return n
+
+    def send_probe(self, int slot, uint32_t flow, bytes probe not None, uint32_t packet_bytes=PROBE_BYTES):
+        """Send a probe to a peer as a packet of that flow would go, padded with zeroes to `packet_bytes`
+        behind its inner Ethernet header; whether the kernel took it. KeyError if the slot is free."""
+        cdef uint8_t *frame = self.arena + HEADROOM
+        cdef int sent
+        if len(probe) != PROBE_BYTES:
+            raise ValueError(f"probe: {len(probe)} bytes, {PROBE_BYTES} needed")
+        if not PROBE_BYTES <= packet_bytes <= 65535:
+            raise ValueError(f"packet_bytes: {packet_bytes} is not in {PROBE_BYTES}..65535")
+        if slot == LOCAL or peer_at(self.peers, slot) == NULL:
+            raise KeyError(f"slot {slot} holds no peer")
+        probe_encode(frame, self.router_mac, <const uint8_t *> probe, packet_bytes - PROBE_BYTES)
+        sent = self.sender.send_probe(slot, flow, frame, ETHERNET_HEADER + packet_bytes)
+        self.encap_counters.probes += sent == 1
+        return sent == 1
+
+    def take_probes(self):
+        """[(slot, probe without padding)] of what was heard since the last call, in order: see send_probe."""
+        return self.probes.take()
 
     def counters(self):
         """What each direction received, forwarded and dropped, by reason."""
@@ -370,6 +395,8 @@ cdef class Pump:
             header = geneve_decode(datagram, length, &vni, &partial)
         else:
             header = vxlan_decode(datagram, length, self.vxlan_strict, &vni)
+        if header == -DROP_TUNNEL_OAM:
+            return self.decap_control(slot, datagram, length)
         if header < 0:
             return -header
         if vni != self.vni:
@@ -381,6 +408,8 @@ cdef class Pump:
         if memcmp(frame, self.router_mac, 6) != 0:
             return DROP_FRAME_NOT_FOR_ROUTER
         drop = classify_frame(frame, length, &info)
+        if drop == DROP_FRAME_NOT_IP and receiver.encapsulation == VXLAN and is_probe(frame, length):
+            return self.hear(slot, frame)
         if drop:
             return drop
         if info.family == 4:
@@ -408,6 +437,27 @@ cdef class Pump:
         self.writer.put(&info, slot, partial)
         return 0
 
+    cdef int decap_control(self, int slot, const uint8_t *datagram, size_t length) noexcept nogil:
+        """Hear a probe; any other control packet is dropped, whatever else is wrong with it."""
+        cdef uint32_t vni = 0
+        cdef int header = geneve_control(datagram, &vni)
+        cdef const uint8_t *frame
+        if header < 0 or vni != self.vni:
+            return DROP_TUNNEL_OAM
+        frame = datagram + header
+        length -= header
+        if not is_probe(frame, length) or memcmp(frame, self.router_mac, 6) != 0:
+            return DROP_TUNNEL_OAM
+        return self.hear(slot, frame)
+
+    cdef int hear(self, int slot, const uint8_t *frame) noexcept nogil:
+        """Keep a probe for the control plane; 0 or the Drop."""
+        if not self.probes.put(slot, frame + ETHERNET_HEADER):
+            return DROP_PROBES_FULL
+        self.decap_counters.received -= 1  # it is no packet
+        self.decap_counters.probes += 1
+        return 0
+
 
 cdef inline bint is_passing(int failure) noexcept nogil:
     """Nothing there, or nothing to be had just now: the descriptor itself is sound."""
@@ -426,5 +476,6 @@ cdef dict counters_dict(const Counters *counters):
         "received": counters.received,
         "forwarded": counters.forwarded,
         "forwarded_bytes": counters.forwarded_bytes,
+        "probes": counters.probes,
         "drops": drops_by_name(counters),
     }

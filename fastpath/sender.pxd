@@ -67,6 +67,9 @@ cdef class Sender:
     cdef int post_superframe(
         self, int slot, uint32_t flow, int ecn, const Superframe *cut, bint partial
     ) noexcept nogil
+    cdef int send_probe(
+        self, int slot, uint32_t flow, uint8_t *frame, size_t length
+    ) noexcept nogil
     cdef ssize_t _write_uplink(self, uint32_t key, int ecn, const Superframe *cut) noexcept nogil
     cdef void flush(self) noexcept nogil
     cdef iovec *_join(self, uint32_t key, uint32_t length, int pieces) noexcept nogil

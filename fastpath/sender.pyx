@@ -11,6 +11,7 @@ from fastpath.kernel.tap cimport tap_write
 from fastpath.kernel.udp cimport send_batch, send_describe
 from fastpath.linux cimport (
     AF_INET,
+    EAFNOSUPPORT,
     EAGAIN,
     EINVAL,
     EIO,
@@ -22,8 +23,10 @@ from fastpath.linux cimport (
 from fastpath.offload.plan cimport RUN_MAX_SEGMENTS, run_accepts, run_begin, run_extend
 from fastpath.offload.segment cimport segment_header, segment_payload
 from fastpath.offload.tunnel cimport TUNNEL_INNER_BYTES, tunnel_headers
+from fastpath.table cimport GENEVE
 from fastpath.wire.byteorder cimport load16
 from fastpath.wire.ethernet cimport ETHERNET_HEADER
+from fastpath.wire.geneve cimport GENEVE_OAM
 from fastpath.wire.ip cimport ECN_MASK
 
 # What the datagrams of a run have in common, in one word: slot (16 bits), socket (8), whether their
@@ -138,6 +141,24 @@ cdef class Sender:
             pieces[1].iov_base = cut.frame + cut.headers + i * cut.size
             pieces[1].iov_len = payload
         return 0
+
+    cdef int send_probe(
+        self, int slot, uint32_t flow, uint8_t *frame, size_t length
+    ) noexcept nogil:
+        """Send a probe at once, from the socket that a packet of this flow takes; 1 or -errno. The outbox
+        must be empty; what is overwritten is as of post_frame. No packet is counted."""
+        cdef Peer *peer = &self.peers.slots[slot]
+        cdef Sockets *sockets = &self.v4 if peer.family == AF_INET else &self.v6
+        cdef iovec whole
+        if sockets.count == 0:
+            return -EAFNOSUPPORT
+        write_tunnel(peer, False, frame - TUNNEL_HEADER)
+        if peer.encapsulation == GENEVE:
+            frame[1 - TUNNEL_HEADER] |= GENEVE_OAM
+        whole.iov_base = frame - TUNNEL_HEADER
+        whole.iov_len = TUNNEL_HEADER + length
+        send_describe(&self.outbox.batch, 0, &peer.endpoint, peer.endpoint_length, &whole, 1, 0, 0)
+        return send_batch(sockets.fds[flow % sockets.count], &self.outbox.batch, 0, 1)
 
     cdef ssize_t _write_uplink(self, uint32_t key, int ecn, const Superframe *cut) noexcept nogil:
         """Write the superframe in its tunnel, in place; bytes or -errno. What lies before it is

@@ -101,3 +101,11 @@ cdef inline int geneve_decode(
         return -DROP_TUNNEL_PROTOCOL
     vni[0] = load32(datagram + 4) >> 8
     return GENEVE_HEADER + options
+
+
+cdef inline int geneve_control(const uint8_t *datagram, uint32_t *vni) noexcept nogil:
+    """Of a datagram that geneve_decode dropped as a control packet: as if it were none."""
+    if load16(datagram + 2) != ETHERTYPE_BRIDGED:
+        return -DROP_TUNNEL_OAM
+    vni[0] = load32(datagram + 4) >> 8
+    return GENEVE_HEADER + (datagram[0] & 0x3F) * 4

@@ -31,9 +31,10 @@ LAYERS = {
     "offload": LEAVES | {"wire"},
     "table": LEAVES | {"wire"},
     "kernel": LEAVES,
+    "probes": LEAVES | {"wire"},
     "sender": LEAVES | {"wire", "offload", "table", "kernel"},
     "writer": LEAVES | {"wire", "offload", "table", "kernel"},
-    "pump": LEAVES | {"wire", "offload", "table", "kernel", "sender", "writer"},
+    "pump": LEAVES | {"wire", "offload", "table", "kernel", "probes", "sender", "writer"},
 }
 
 # What reaches a socket, a file, another process or a clock.
@@ -71,7 +72,10 @@ IMPURE = {
 # pure module: what its one impure function (`config.load`) may use all the same
 PURE: dict[str, set[str]] = {
     "forwarder.config": {"pathlib"},
+    "forwarder.health": set(),
+    "forwarder.path_search": set(),
     "forwarder.peers": set(),
+    "forwarder.probe": set(),
     "forwarder.reconcile": set(),
     "forwarder.control.messages": set(),
     "forwarder.names.cache": set(),

@@ -445,6 +445,16 @@ def tap_is_gone(node: Node, wire: Wire, opened: ExitStack) -> None:
     node.decap("geneve")
 
 
+def nobody_takes_the_probes(node: Node, wire: Wire, opened: ExitStack) -> None:
+    """As many as wait at most, and one more; they are no packets."""
+    node.add_peer(1, 2, wire.port)
+    probe = build.frame(b"pl\x01".ljust(64, b"\0"), **FROM_PEER_2, ethertype=0x88B5)
+    for _ in range(512 + 1):
+        wire.send(build.geneve(VNI, oam=True) + probe, node.address, node.port("geneve"))
+        wait_readable(node.receivers["geneve"])
+        assert node.pump.decap(node.receivers["geneve"]) == 1
+
+
 def neither_finished_nor_partial(node: Node, wire: Wire, opened: ExitStack) -> None:
     """A superframe goes to the TAP as one, its checksum vouched for: a wrong one must not be laundered."""
     node.add_peer(1, 2, wire.port)
@@ -455,6 +465,7 @@ def neither_finished_nor_partial(node: Node, wire: Wire, opened: ExitStack) -> N
 
 STAGED = [
     ("decap", DropReason.INNER_CHECKSUM, neither_finished_nor_partial),
+    ("decap", DropReason.PROBES_FULL, nobody_takes_the_probes),
     ("decap", DropReason.UNKNOWN_PEER, unknown_peer),
     ("decap", DropReason.OUTER_OVERSIZE, outer_oversize),
     ("decap", DropReason.TAP_FULL, tap_is_full),

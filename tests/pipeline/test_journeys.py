@@ -572,7 +572,13 @@ def test_counters_name_every_reason_in_lower_case(make_node: MakeNode) -> None:
     names = {reason.name.lower() for reason in DropReason}
     for direction in ("encap", "decap"):
         assert set(node.pump.drops()[direction]) == names
-        assert set(node.pump.counters()[direction]) == {"received", "forwarded", "forwarded_bytes", "drops"}
+        assert set(node.pump.counters()[direction]) == {
+            "received",
+            "forwarded",
+            "forwarded_bytes",
+            "probes",
+            "drops",
+        }
 
 
 def test_the_oracle_sends_what_the_pump_sends(make_node: MakeNode, make_wire: MakeWire) -> None:
