@@ -18,10 +18,12 @@ from typing import Any, Final
 from forwarder.addresses import Address, Network, derive_mac, format_mac, parse_mac
 from forwarder.control.messages import DEFAULT_RUN_DIR, SOCKET_NAME
 from forwarder.faults import MISSING, ConfigError, Fault
+from forwarder.health import MAX_PROBES_PER_SECOND
 from forwarder.names.options import NAMES, NamesConfig, names_example, read_services
 from forwarder.names.records import Service
 from forwarder.peers import (
     FEATURES,
+    HEALTH,
     OPTION_BYTES,
     OVERHEAD_BYTES,
     REMOTE_CHECKSUM,
@@ -45,7 +47,7 @@ from forwarder.toml_values import (
 )
 
 DEFAULT_PATH: Final = Path("/etc/podloom/podloom.toml")
-SECTIONS: Final = ("cluster", "node", "tunnel", "links", "offload", "discovery", "names")
+SECTIONS: Final = ("cluster", "node", "tunnel", "links", "offload", "discovery", "health", "names")
 UPLINK_CHOICES: Final = ("auto", "on", "off")
 ENCAPSULATIONS: Final = ("geneve", "vxlan")
 MAX_VNI: Final = (1 << 24) - 1
@@ -87,10 +89,6 @@ class TunnelConfig:
     vxlan_reserved_bits: str = "strict"
     remote_checksum: bool = False
     underlay_mtu_bytes: int = 0
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        return (REMOTE_CHECKSUM,) if self.remote_checksum else ()
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -154,6 +152,15 @@ class DiscoveryConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HealthConfig:
+    """A peer is down after `interval_seconds` times `detect_multiplier` without a word of it."""
+
+    enabled: bool = True
+    interval_seconds: int = 1
+    detect_multiplier: int = 3
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     cluster: ClusterConfig
     node: NodeConfig
@@ -161,6 +168,7 @@ class Config:
     links: LinksConfig = field(default_factory=LinksConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     names: NamesConfig = field(default_factory=NamesConfig)
     peers: tuple[PeerRecord, ...] = ()
     """Those written in the main file; the discovery source's come on top."""
@@ -174,6 +182,14 @@ class Config:
             endpoints=self.node.endpoints,
             prefixes=self.node.prefixes,
             cluster_cidrs=self.cluster.cidrs,
+        )
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What this node can do besides, of FEATURES, and tells its peers."""
+        return (
+            *((REMOTE_CHECKSUM,) if self.tunnel.remote_checksum else ()),
+            *((HEALTH,) if self.health.enabled else ()),
         )
 
     @property
@@ -210,6 +226,7 @@ def parse(text: str) -> Config:
     discovery = read_section(
         DiscoveryConfig, _DISCOVERY, _pop_table(tables, "discovery", faults), "discovery", faults
     )
+    health = read_section(HealthConfig, _HEALTH, _pop_table(tables, "health", faults), "health", faults)
     names = read_section(NamesConfig, NAMES, _pop_table(tables, "names", faults), "names", faults)
     services = read_services(tables, (names or NamesConfig()).domain, faults)
     if "prefixes" not in node_table and (discovery is None or discovery.source == "static"):
@@ -218,9 +235,9 @@ def parse(text: str) -> Config:
     defaults = cluster or ClusterConfig(()), tunnel or TunnelConfig()
     peers = _read_peers(tables, *defaults, faults)
     refuse_unknown(tables, (*SECTIONS, "peer", "service"), "", faults)
-    if not (cluster and node and tunnel and links and offload and discovery and names) or faults:
+    if not (cluster and node and tunnel and links and offload and discovery and health and names) or faults:
         raise ConfigError(faults)
-    config = Config(cluster, node, tunnel, links, offload, discovery, names, peers, services)
+    config = Config(cluster, node, tunnel, links, offload, discovery, health, names, peers, services)
     # What values mean together can only be judged once each is sound by itself.
     faults = [*_check_together(config), *check(config.peers, config.local)]
     if faults:
@@ -280,7 +297,7 @@ def own_record(config: Config) -> PeerRecord:
         vni=config.cluster.vni,
         router_mac=config.node.router_mac,
         prefixes=config.node.prefixes,
-        features=tunnel.features,
+        features=config.features,
     )
 
 
@@ -303,7 +320,7 @@ def render(config: Config) -> str:
 
 def example() -> str:
     """A commented file with every key; the optional ones stand at their default, commented out."""
-    tunnel, links, discovery = TunnelConfig(), LinksConfig(), DiscoveryConfig()
+    tunnel, links, discovery, health = TunnelConfig(), LinksConfig(), DiscoveryConfig(), HealthConfig()
     return f"""\
 # podloom's configuration, one file a node. What is commented out stands at its default.
 # `podloom config -c FILE` prints the effective values.
@@ -387,6 +404,15 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 # "flannel" joins a cluster of flannel's VXLAN nodes, by flannel's annotations instead of ours.
 #compat = "{discovery.compat}"
 
+[health]
+# Probes to every peer whose record has the feature "{HEALTH}" tell what `podloom peers` shows of the path:
+# up or down, round trip time, loss, and the path MTU where the underlay says nothing of it.
+#enabled = {_toml(health.enabled)}
+# Between two probes of a peer; longer where those of all would be more than {MAX_PROBES_PER_SECOND} a second.
+#interval_seconds = {health.interval_seconds}
+# A peer that is silent for so many intervals is down.
+#detect_multiplier = {health.detect_multiplier}
+
 {names_example()}
 # One table for each other node.
 #[[peer]]
@@ -400,7 +426,8 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 #encapsulation = "geneve"
 #port = 6081
 #vni = 1
-# What it can do besides: "{REMOTE_CHECKSUM}" if its tunnel.remote_checksum is true.
+# What it can do besides: "{HEALTH}" if it is podloom and its health.enabled is true, "{REMOTE_CHECKSUM}" if
+# its tunnel.remote_checksum is.
 #features = []
 """
 
@@ -667,6 +694,11 @@ _DISCOVERY: Final = {
     "kubeconfig": _OPTIONAL_FILE,
     "node_name": matching(r"[a-z0-9.-]{0,253}", 'must be a Node\'s name, or ""'),
     "compat": one_of("none", "flannel"),
+}
+_HEALTH: Final = {
+    "enabled": kind_of(bool, "must be true or false"),
+    "interval_seconds": integer(1, 60),
+    "detect_multiplier": integer(2, 50),
 }
 _PEER: Final = {
     "id": _NODE_ID,

@@ -49,6 +49,7 @@ from forwarder.plan import (
     plan_wiring,
     with_prefixes,
 )
+from forwarder.probing import Probing
 from forwarder.process import StartError, notify, require_privileges, run_directory
 from forwarder.reconcile import Wiring
 from forwarder.uplink import UplinkError, open_uplink
@@ -133,9 +134,10 @@ class Daemon:
             await self._open_uplink(stack)
             await self._meet_peers(stack, source, mtus)
             self._dataplane.start()
-            watcher = asyncio.create_task(self._neighbourhood.watch_paths())
-            watcher.add_done_callback(self._fail_with)
-            stack.callback(watcher.cancel)
+            for watching in (self._neighbourhood.watch_paths(), self._probing.run()):
+                watcher = asyncio.create_task(watching)
+                watcher.add_done_callback(self._fail_with)
+                stack.callback(watcher.cancel)
             self._cni = CniService(node_network(self._config, wiring), self._config.node.state_dir)
             stack.callback(self._cni.close)
             self._workers = ThreadPoolExecutor(CNI_WORKERS, thread_name_prefix="cni")
@@ -201,12 +203,19 @@ class Daemon:
     async def _meet_peers(self, stack: AsyncExitStack, source: Source, mtus: Mapping[int, int]) -> None:
         """Follow the source, from its first word or from the peers of last time on."""
         unsaved = asyncio.Event()
+        health = self._config.health
+        self._probing = Probing(
+            self._dataplane,
+            interval_seconds=health.interval_seconds,
+            detect_multiplier=health.detect_multiplier,
+        )
         self._neighbourhood = Neighbourhood(
             self._config.local,
-            self._config.tunnel.features,
+            self._config.features,
             mtus,
             self._wiring,
             self._dataplane,
+            self._probing,
             changed=unsaved.set,
         )
         self._follower = Follower(self._config, self._neighbourhood, unsaved, self._fail)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
@@ -67,9 +67,11 @@ class DataPlane:
     """Open it, `start` it on the running loop, `apply` changes of peers, `close` it."""
 
     def __init__(self, settings: Settings, tap_fd: int, on_failure: Callable[[DataPlaneError], None]) -> None:
-        """`tap_fd` is borrowed. `on_failure` is called once if a descriptor breaks for good."""
+        """`tap_fd` is borrowed. `on_failure` is called once if a descriptor breaks for good. `on_probes` is
+        called with what probes were heard: slot of the peer, probe."""
         self._tap_fd = tap_fd
         self._on_failure = on_failure
+        self.on_probes: Callable[[Sequence[tuple[int, bytes]]], None] = ignore
         self._prefixes = PrefixTable()
         self._peers = PeerTable()
         self._receivers: list[int] = []
@@ -139,6 +141,9 @@ class DataPlane:
             # would only spin.
             self._stop()
             self._on_failure(DataPlaneError(f"the data plane stopped: {error.strerror}; start podloom again"))
+            return
+        if probes := self._pump.take_probes():
+            self.on_probes(probes)
 
     def _stop(self) -> None:
         if self._loop is not None:
@@ -153,6 +158,11 @@ class DataPlane:
     def apply(self, changes: Iterable[Change]) -> None:
         """Change the tables between two batches; no packet sees half of it."""
         apply_changes(changes, self._prefixes, self._peers)
+
+    def send_probe(self, slot: int, flow: int, probe: bytes, packet_bytes: int) -> bool:
+        """Send a probe to the slot's peer as a packet of that flow would go, with zeroes behind it until the
+        inner packet has so many bytes; whether the kernel took it."""
+        return self._pump.send_probe(slot, flow, probe, packet_bytes)
 
     def set_offload(self, name: str, on: bool) -> Offload:
         """Switch one of `offloads.ABOUT` and say what came of it. KeyError if there is none of that name.
@@ -219,6 +229,10 @@ class DataPlane:
 
     def peer_counters(self, slot: int) -> Mapping[str, int]:
         return self._peers.counters(slot)
+
+
+def ignore(probes: Sequence[tuple[int, bytes]]) -> None:
+    """Probes that nobody wants."""
 
 
 def apply_changes(changes: Iterable[Change], prefixes: PrefixTable, peers: PeerTable) -> None:

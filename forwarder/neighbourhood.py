@@ -18,6 +18,7 @@ from forwarder.dataplane import MAX_SLOTS, DataPlane
 from forwarder.links import LinkError
 from forwarder.paths import Measured, Prober
 from forwarder.peers import (
+    HEALTH,
     OPTION_BYTES,
     OVERHEAD_BYTES,
     REMOTE_CHECKSUM,
@@ -28,6 +29,7 @@ from forwarder.peers import (
     diff,
     tables_for,
 )
+from forwarder.probing import Probing
 from forwarder.reconcile import Wiring, wanted
 from forwarder.registry import Delta, Registry, Said
 
@@ -47,6 +49,7 @@ class Neighbourhood:
         mtus: Mapping[int, int],
         wiring: Wiring,
         dataplane: DataPlane,
+        probing: Probing,
         changed: Callable[[], None],
     ) -> None:
         """`features` are this node's; `mtus` is by the underlay's IP version the largest inner IP packet.
@@ -56,6 +59,7 @@ class Neighbourhood:
         self._mtus = mtus
         self._inner_mtu_bytes = wiring.mtu_bytes
         self._dataplane = dataplane
+        self._probing = probing
         self._changed = changed
         self._registry = Registry(local, capacity=MAX_SLOTS - 1)
         self._records: dict[str, PeerRecord] = {}
@@ -117,6 +121,7 @@ class Neighbourhood:
                 self._slots.pop(node_id, None)
             if record is None or record.endpoints != self._records.get(node_id, record).endpoints:
                 self._short_paths.pop(node_id, None)
+                self._probing.forget(node_id)
         after = self._tables_for(new)
         changes = diff(before, after)
         self._dataplane.apply(changes)
@@ -128,8 +133,17 @@ class Neighbourhood:
         for record in old:
             del self._records[record.id]
         self._records.update((record.id, record) for record in new)
+        for record in new:
+            self._follow_health(record)
         self._changed()
         log.info("%d peers (%d before), %d changes", len(self._records), count, len(changes))
+
+    def _follow_health(self, record: PeerRecord) -> None:
+        """Probe a peer that has agreed to it; no other."""
+        if HEALTH in record.features and HEALTH in self._features:
+            self._probing.follow(record.id, self._slots[record.id], self._path_of(record).endpoint.version)
+        else:
+            self._probing.forget(record.id)
 
     def _tables_for(self, records: Iterable[PeerRecord]) -> Tables:
         return tables_for(
@@ -166,7 +180,9 @@ class Neighbourhood:
         for node_id in node_ids:
             if node_id in self._records:  # It may have gone since the round began.
                 path = self._path_of(self._records[node_id])
-                measured[node_id] = Measured(path.endpoint.version, prober.ask(path.endpoint, path.port))
+                asked = prober.ask(path.endpoint, path.port)
+                carried = None if asked is None else self._probing.carried(node_id, asked)
+                measured[node_id] = Measured(path.endpoint.version, carried)
         changed = paths.learn(measured, self._short_paths, self._device_mtus())
         if not changed:
             return
@@ -217,6 +233,7 @@ class Neighbourhood:
             "vni": path.vni,
             "mtu": path.mtu_bytes,
             "path_mtu": self._short_paths.get(record.id),
+            "health": self._probing.describe(record.id),
             "router_mac": format_mac(path.router_mac),
             "prefixes": [str(prefix) for prefix in record.prefixes],
             "counters": dict(self._dataplane.peer_counters(slot)),

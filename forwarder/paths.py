@@ -111,10 +111,10 @@ def news(changed: Mapping[str, int | None], peers: Iterable[tuple[PeerRecord, Pe
     """What to tell of the changes that `learn` gave, whose peers these are."""
     short = [f"{node_id} ({mtu_bytes})" for node_id, mtu_bytes in changed.items() if mtu_bytes is not None]
     if short:
-        yield f"the path MTU is less than the device's to {_some(short)}"
+        yield f"the path MTU is less than the device's to {some(short)}"
     full = [node_id for node_id, mtu_bytes in changed.items() if mtu_bytes is None]
     if full:
-        yield f"the path MTU is the device's again to {_some(full)}"
+        yield f"the path MTU is the device's again to {some(full)}"
     without_ipv6 = [
         record.id
         for record, path in peers
@@ -122,12 +122,13 @@ def news(changed: Mapping[str, int | None], peers: Iterable[tuple[PeerRecord, Pe
     ]
     if without_ipv6:
         yield (
-            f"IPv6 needs an MTU of {MIN_IPV6_MTU_BYTES}, and less is left to {_some(without_ipv6)}: its "
+            f"IPv6 needs an MTU of {MIN_IPV6_MTU_BYTES}, and less is left to {some(without_ipv6)}: its "
             "packets that do not fit are dropped (TOO_BIG); raise the MTU on the way there"
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """No more than MAX_NAMED of them, and how many there are besides."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
 

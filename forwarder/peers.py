@@ -22,7 +22,10 @@ OVERHEAD_BYTES = {4: 50, 6: 70}
 REMOTE_CHECKSUM = "remote-checksum"
 """Inner TCP and UDP checksums left to the receiver's host, under a Geneve option."""
 
-FEATURES = (REMOTE_CHECKSUM,)
+HEALTH = "health"
+"""Probes of the path between two nodes, as forwarder.health sends and answers them."""
+
+FEATURES = (REMOTE_CHECKSUM, HEALTH)
 
 OPTION_BYTES = 4
 """What the Geneve option of REMOTE_CHECKSUM adds to a datagram."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PIPE_COLUMNS: Final = 200
+PIPE_COLUMNS: Final = 300
 """What is read by `grep` must not be folded to a terminal's width."""
 
 
@@ -63,9 +63,9 @@ def _peers(peers: list[dict[str, Any]]) -> list[Any]:
         return ["no peers"]
     any_short = any(peer["path_mtu"] is not None for peer in peers)
     path_mtu = ["path MTU"] if any_short else []
-    headings = ("peer", "endpoint", "by", "prefixes", *path_mtu, "encap", "bytes", "decap", "bytes")
-    table = Table(*headings, box=None)
-    for column in table.columns[4:]:
+    headings = ("peer", "endpoint", "by", "prefixes", "health", "RTT", "loss", *path_mtu)
+    table = Table(*headings, "encap", "bytes", "decap", "bytes", box=None)
+    for column in table.columns[5:]:
         column.justify = "right"
     for peer in peers:
         counted = peer["counters"]
@@ -74,6 +74,7 @@ def _peers(peers: list[dict[str, Any]]) -> list[Any]:
             peer["endpoint"],
             f"{peer['encapsulation']} {peer['port']}",
             "\n".join(peer["prefixes"]),
+            *_health(peer["health"]),
             *([_optional(peer["path_mtu"])] if any_short else []),
             *(
                 _count(counted[name])
@@ -81,6 +82,19 @@ def _peers(peers: list[dict[str, Any]]) -> list[Any]:
             ),
         )
     return [table]
+
+
+def _health(health: dict[str, Any]) -> tuple[Text, str, str]:
+    """State, round trip time, and loss there and back."""
+    if "since_seconds" not in health:
+        return Text(health["state"]), "", ""
+    state = Text(f"{health['state']} {_duration(health['since_seconds'])}")
+    if health["fault"]:
+        state = Text(f"{state}: {health['fault']}", style="bold red")
+    rtt = health["smoothed_rtt_seconds"]
+    losses = [health["encap_loss"], health["decap_loss"]]
+    loss = "/".join("?" if share is None else f"{100 * share:.0f} %" for share in losses)
+    return state, "" if rtt is None else f"{1000 * rtt:.2f} ms", "" if losses == [None, None] else loss
 
 
 def _drops(drops: dict[str, dict[str, int]]) -> list[Any]:

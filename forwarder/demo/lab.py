@@ -127,6 +127,7 @@ class PeerRecord:
     encapsulation: str
     router_mac: str
     prefixes: tuple[str, ...]
+    features: tuple[str, ...] = ()
 
 
 class Lab:
@@ -236,6 +237,7 @@ class Lab:
             encapsulation=self._encapsulation,
             router_mac=node.router_mac,
             prefixes=tuple(str(prefix) for prefix in node.prefixes),
+            features=("health",),
         )
 
     def start(self) -> None:
@@ -623,6 +625,7 @@ def _peers(peers: Iterable[PeerRecord]) -> str:
                 "encapsulation": peer.encapsulation,
                 "router_mac": peer.router_mac,
                 "prefixes": peer.prefixes,
+                "features": peer.features,
             }
         )
         for peer in peers

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,6 +17,7 @@ import pytest
 
 from cni.netns import call_in
 from tests.netns.nodes import Node, until
+from tests.netns.pods import require_nft
 from tests.netns_tools import Namespace, run
 
 pytestmark = pytest.mark.root
@@ -46,12 +47,12 @@ class Network:
     pods: tuple[Namespace, Namespace]
     router: Namespace
 
-    def start(self, underlay: int, **offload: Any) -> None:
+    def start(self, underlay: int, *, features: Sequence[str] = (), **offload: Any) -> None:
         for node, other in (self.nodes, self.nodes[::-1]):
             node.tables["node"]["endpoints"] = [UNDERLAY[underlay].format(node.number, node.number)]
             other.tables["node"]["endpoints"] = [UNDERLAY[underlay].format(other.number, other.number)]
             node.tables["offload"] = offload
-            node.write_peers(other.record())
+            node.write_peers(other.record(features=features))
         for node, pod in zip(self.nodes, self.pods, strict=True):
             node.start()
             plug(node, pod)
@@ -225,6 +226,35 @@ def test_tcp_goes_on_over_a_path_that_shrinks(
         network.set_mtu(place, 1500)
         forget_learned(one, underlay)
         until(lambda: path_mtu(one) is None, "the path MTU's growth")
+        until(lambda: path_routes(one) == {}, "the routes' end")
+        transfer.goes_on()
+
+
+BLACK_HOLE = """
+table ip hole {{
+  chain forward {{
+    type filter hook forward priority 0;
+    meta length > {} drop
+  }}
+}}
+"""
+
+
+def test_tcp_goes_on_over_a_path_that_drops_silently(network: Network) -> None:
+    """Nobody says "too big": padded probes find out what passes, and that it all passes again."""
+    require_nft()
+    # Datagrams lie on the wire as the path sees them, and not as superframes.
+    network.start(4, features=["health"], uplink="off", udp_segment=False)
+    one, two = network.nodes
+    with Transfer(network, 4) as transfer:
+        transfer.goes_on()
+        run(network.router.command(["nft", "-f", "-"]), input=BLACK_HOLE.format(SHORT))
+        until(lambda: path_mtu(one) == path_mtu(two) == SHORT, "the path MTU", 30)
+        until(lambda: pod_mtu(network, 4) == SHORT - OVERHEAD[4], "ICMP to the pod")
+        transfer.goes_on()
+        assert one.ask("peers")[0]["health"]["state"] == "up"
+        run(network.router.command(["nft", "delete", "table", "ip", "hole"]))
+        until(lambda: path_mtu(one) is path_mtu(two) is None, "the path MTU's growth", 15)
         until(lambda: path_routes(one) == {}, "the routes' end")
         transfer.goes_on()
 

@@ -180,11 +180,63 @@ def test_a_long_peer_list_is_not_folded_in_a_pipe(capsys: pytest.CaptureFixture[
         "port": 6081,
         "prefixes": ["fd42:1234:5678:9abc::/64"],
         "path_mtu": None,
+        "health": {"state": "not probed"},
         "counters": dict.fromkeys(
             ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes"), 123456789012
         ),
     }
+    peer["health"] = DOWN
     views.show("peers", [peer])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "a-node" in line]
-    for expected in (peer["id"], peer["endpoint"], "fd42:1234:5678:9abc::/64", "123,456,789,012"):
+    health = "down 2 h 0 min: nothing is heard of it"
+    for expected in (peer["id"], peer["endpoint"], "fd42:1234:5678:9abc::/64", "123,456,789,012", health):
         assert expected in line
+
+
+DOWN: dict[str, Any] = {
+    "state": "down",
+    "fault": "nothing is heard of it",
+    "since_seconds": 7200.5,
+    "rtt_seconds": 0.0004,
+    "smoothed_rtt_seconds": 0.0005,
+    "encap_loss": None,
+    "decap_loss": 1.0,
+}
+UNKNOWN: dict[str, Any] = {**dict.fromkeys(DOWN), "state": "unknown", "since_seconds": 0.5}
+UP: dict[str, Any] = {
+    **DOWN,
+    "state": "up",
+    "fault": None,
+    "since_seconds": 61.0,
+    "encap_loss": 0.0,
+    "decap_loss": 0.015625,
+}
+
+
+@pytest.mark.parametrize(
+    ("health", "expected"),
+    [
+        ({"state": "not probed"}, ["not probed"]),
+        (UNKNOWN, ["unknown 0 s"]),
+        (UP, ["up 1 min 1 s", "0.50 ms", "0 %/2 %"]),
+        (DOWN, ["down 2 h 0 min: nothing is heard of it", "0.50 ms", "?/100 %"]),
+    ],
+    ids=["not probed", "unknown", "up", "down"],
+)
+def test_health_for_a_person(
+    capsys: pytest.CaptureFixture[str], health: dict[str, Any], expected: list[str]
+) -> None:
+    peer = {
+        "id": "n2",
+        "endpoint": "192.0.2.2",
+        "encapsulation": "geneve",
+        "port": 6081,
+        "prefixes": ["10.42.2.0/24"],
+        "path_mtu": None,
+        "health": health,
+        "counters": dict.fromkeys(("encap_packets", "encap_bytes", "decap_packets", "decap_bytes"), 0),
+    }
+    views.show("peers", [peer])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(text in shown for text in expected)
+    assert "path MTU" not in shown

@@ -15,6 +15,7 @@ from forwarder.addresses import derive_mac
 from forwarder.config import (
     ClusterConfig,
     DiscoveryConfig,
+    HealthConfig,
     LinksConfig,
     NodeConfig,
     OffloadConfig,
@@ -45,6 +46,7 @@ SECTIONS: dict[str, type] = {
     "links": LinksConfig,
     "offload": OffloadConfig,
     "discovery": DiscoveryConfig,
+    "health": HealthConfig,
     "peer": PeerRecord,
 }
 
@@ -111,10 +113,11 @@ def test_a_peers_absent_router_mac_is_the_one_it_derives_itself() -> None:
 
 def test_example_is_a_sound_file_with_the_defaults() -> None:
     parsed = config.parse(config.example())
-    assert (parsed.tunnel, parsed.links, parsed.discovery) == (
+    assert (parsed.tunnel, parsed.links, parsed.discovery, parsed.health) == (
         TunnelConfig(),
         LinksConfig(),
         DiscoveryConfig(),
+        HealthConfig(),
     )
 
 
@@ -123,10 +126,11 @@ def test_example_uncommented_is_sound_and_names_every_key() -> None:
         line.removeprefix("#") if not line.startswith("# ") else "" for line in config.example().splitlines()
     ]
     parsed = config.parse("\n".join(lines))
-    assert (parsed.tunnel, parsed.links, parsed.discovery) == (
+    assert (parsed.tunnel, parsed.links, parsed.discovery, parsed.health) == (
         TunnelConfig(),
         LinksConfig(),
         DiscoveryConfig(),
+        HealthConfig(),
     )
     tables = tomllib.loads("\n".join(lines))
     for name, section in SECTIONS.items():
@@ -335,6 +339,7 @@ SOUND: dict[str, list[Any]] = {
     "links": [{}],
     "offload": [{}],
     "discovery": [{}],
+    "health": [{}],
     "peer": [[]],
 }
 """Of the shapes tried below, those that are a configuration."""
