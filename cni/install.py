@@ -25,13 +25,14 @@ CNI_VERSION = "1.0.0"
 
 _SHEBANG_MAX = 255  # BINPRM_BUF_SIZE less the newline, linux/binfmts.h
 _LAUNCHER = """#!{python} -IS
-# Made by `podloom cni install`: -I and -S halve the time that Python takes to start.
-import sys
+# Made by `podloom cni install`: -I and -S halve the time that Python takes to start, and nothing is open
+# that it would have to tidy up.
+import posix, sys
 
 sys.path += {path!r}
 from cni.__main__ import main
 
-sys.exit(main())
+posix._exit(main())
 """
 
 

@@ -223,7 +223,7 @@ def test_the_way_to_the_daemon_imports_little(tmp_path: Path) -> None:
             check=True,
         )
     bare = subprocess.run(
-        [sys.executable, "-S", "-c", "import sys, os; print(*sys.modules)"],
+        [sys.executable, "-S", "-c", "import sys; print(*sys.modules)"],
         capture_output=True,
         text=True,
         check=True,
