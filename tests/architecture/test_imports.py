@@ -93,6 +93,7 @@ PURE: dict[str, set[str]] = {
     "cni.netconf": set(),
     "cni.request": set(),
     "cni.result": set(),
+    "cni.rtnetlink": {"socket", "sys"},  # for the families' numbers and the byte order
 }
 
 FASTPATH = [*cython_files(), *python_files("fastpath")]

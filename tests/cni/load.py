@@ -28,7 +28,7 @@ class Timed:
     namespace: str
     conf: dict[str, Any]
     cni_path: str
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {"ADD": [], "DEL": []})
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {"ADD": [], "DEL": [], "STATUS": []})
 
     def call(self, command: str, pod: str) -> Any:
         env = {
@@ -59,7 +59,8 @@ class Timed:
     def line(self) -> str:
         parts = (
             f"{command} p50 {self.percentile(command, 50):6.1f} p99 {self.percentile(command, 99):6.1f} ms"
-            for command in ("ADD", "DEL")
+            for command, figures in self.seconds.items()
+            if figures
         )
         return f"{self.name:22}" + "   ".join(parts)
 
@@ -90,7 +91,7 @@ def both(directory: Path, pods: int) -> Iterator[tuple[DaemonNode, Timed, Timed,
             plugins / install.PLUGIN,
             node.namespace.name,
             {
-                "cniVersion": "1.0.0",
+                "cniVersion": "1.1.0",
                 "name": "podnet",
                 "type": install.PLUGIN,
                 "controlSocket": str(node.control_socket),

@@ -214,8 +214,11 @@ def test_an_ipv4_node_serves_where_ipv6_is_absent(
     node: Node, namespaces: Namespaces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cni.netlink.ipv6_present", lambda: False)
-    body = node.call("ADD", namespaces.new()).body
-    assert [ip["address"] for ip in body["ips"]] == ["10.71.0.2/32"]
+    pod = namespaces.new()
+    added = node.call("ADD", pod)
+    assert [ip["address"] for ip in added.body["ips"]] == ["10.71.0.2/32"]
+    assert node.call("CHECK", pod, with_previous(node, added)).exit == 0
+    assert node.call("DEL", pod).exit == 0
 
 
 def test_ipv6_switched_off_in_the_pod_is_switched_on_for_our_link(node: Node, namespaces: Namespaces) -> None:
