@@ -113,6 +113,19 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
         title = f"podloom benchmarks, commit {stamp['commit']}"
         drawing = chart.svg(title, _panels(output_json["benchmarks"]), "Medians; whiskers are quartiles.")
         path.with_suffix(".svg").write_text(drawing)
+        if panels := _scale_panels(output_json["benchmarks"]):
+            title = f"podloom among few nodes and among thousands, commit {stamp['commit']}"
+            drawing = chart.svg(title, panels, "A panel has a scale of its own. How: bench/bench_scale.py.")
+            path.with_name("scale.svg").write_text(drawing)
+
+
+def _scale_panels(entries: list[dict[str, Any]]) -> list[chart.Panel]:
+    """What benchmarks have put into extra_info["scale"]: {figure: {how many peers: value}}."""
+    return [
+        chart.Panel(figure, tuple(chart.Bar(label, value, value, value) for label, value in values.items()))
+        for entry in entries
+        for figure, values in entry["extra_info"].get("scale", {}).items()
+    ]
 
 
 def _panels(entries: list[dict[str, Any]]) -> list[chart.Panel]:
