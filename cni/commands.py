@@ -235,7 +235,7 @@ def _refuse_existing(request: Request, store: Store, host: Netlink, pod: Netlink
             Code.INVALID_ENVIRONMENT, f"CNI_IFNAME {attachment.ifname} exists already in the pod's namespace"
         )
     port = host.find_link(host_ifname_of(attachment))
-    if port is not None and not _is_port_of(attachment, port):
+    if port is not None and not is_port_of(attachment, port):
         raise CniError(Code.KERNEL_REFUSED, f"{port.name} exists and is not ours: {port.alias or port.kind}")
     if port is not None:  # left over without a record; its other end is not in this pod
         host.delete_link(port.name)
@@ -387,11 +387,12 @@ def _routes_of(given: _Given) -> tuple[netlink.Route, ...]:
 def delete_port(attachment: Attachment, host: Netlink) -> None:
     """Delete the host end, its peer with it. Another's link of that name is left alone."""
     port = host.find_link(host_ifname_of(attachment))
-    if port is not None and _is_port_of(attachment, port):
+    if port is not None and is_port_of(attachment, port):
         netlink.delete_and_go_on(port.name)
 
 
-def _is_port_of(attachment: Attachment, port: Link) -> bool:
+def is_port_of(attachment: Attachment, port: Link) -> bool:
+    """Whether a link of the host end's name is ours."""
     # An ADD killed between making the link and marking it leaves no alias.
     return port.kind == "veth" and port.alias in ("", alias_of(attachment))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from cni import commands, upkeep
 from cni.commands import NodeNetwork
 from cni.netlink import Netlink, NetlinkError
+from cni.reattach import reattach
 from cni.request import Attachment, Request, parse
 from cni.result import CniError, Code, error_json, result_json, version_json
 from cni.store import FILE_NAME, Record, Store, StoreError
@@ -73,6 +74,17 @@ class CniService:
         failure.version = failure.version or version
         return 1, error_json(failure)
 
+    def reattach(self, network: NodeNetwork) -> list[str]:
+        """This is the node's network from now on: bring the pods that run to it, as `reattach.reattach`.
+        Never raises."""
+        before, self.network = self.network, network
+        try:
+            records = self._opened_store().records()
+            with self._netlink() as host:
+                return reattach(records, before or network, network, host, self._alone_with)
+        except (StoreError, OSError) as error:
+            return [f"pods are not attached anew: {error}"]
+
     def _answer(self, request: Request, began_at: float) -> str:
         if request.command == "VERSION":
             return version_json(request.version)
@@ -92,12 +104,14 @@ class CniService:
                         return self._answer_about(request, network, store, host)
         return ""
 
-    @staticmethod
-    def _answer_about(request: Request, network: NodeNetwork | None, store: Store, host: Netlink) -> str:
+    def _answer_about(
+        self, request: Request, network: NodeNetwork | None, store: Store, host: Netlink
+    ) -> str:
         match request.command:
             case "ADD":
                 assert network is not None  # noqa: S101 (refused above)
                 made = commands.add(request, network, store, host, boot_clock)
+                self._catch_up(request.attachment, network, store, host)
                 return result_json(made, request.version)
             case "DEL":
                 commands.delete(request, store, host, boot_clock())
@@ -108,6 +122,14 @@ class CniService:
                         Code.TRY_AGAIN_LATER, f"{NO_DAEMON}: this pod is as it was made, but cut off"
                     )
         return ""
+
+    def _catch_up(self, attachment: Attachment, network: NodeNetwork, store: Store, host: Netlink) -> None:
+        """Reattach a pod if the node has changed while it was attached: `reattach` may have missed it."""
+        if (now := self.network) is None or now is network:
+            return
+        with suppress(StoreError, OSError):  # The pod is attached, and an MTU is not worth undoing that for.
+            record = store.find(attachment)
+            reattach([record] if record else [], network, now, host, lambda _: nullcontext())
 
     def _alone_with(self, attachment: Attachment) -> threading.Lock:
         return self._locks[hash(attachment) % _LOCKS]
