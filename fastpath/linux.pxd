@@ -10,6 +10,7 @@ cdef extern from "<errno.h>" nogil:
         EAGAIN
         EINTR
         EINVAL
+        EBADFD
         EIO
         EMSGSIZE
         ENOBUFS
@@ -34,6 +35,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     enum:
         EPOLL_CLOEXEC
         EPOLL_CTL_ADD
+        EPOLL_CTL_DEL
         EPOLLIN
 
     int epoll_create1(int flags)

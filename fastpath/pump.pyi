@@ -26,6 +26,13 @@ class Pump:
     def add_sender(self, fd: int, family: int) -> None:
         """A non-blocking UDP socket for sending to AF_INET or AF_INET6 peers; the inner flow's
         hash picks one of those of its family (RFC 8926 section 3.3: source port entropy)."""
+    def forget_sockets(self) -> None:
+        """Receive and send by none any more, until some are added again. An uplink has to be set anew then:
+        its datagrams look as if they came from the sockets."""
+    def watch_tap(self) -> None:
+        """Watch the TAP's descriptor again, after another TAP was put in its place (dup2)."""
+    def set_mtu(self, mtu: int) -> None:
+        """The pods' MTU is another now."""
     def fileno(self) -> int:
         """Readable when turn() has something to do. The pump's own: it closes with it."""
     def turn(self, idle_microseconds: int = 0) -> None:

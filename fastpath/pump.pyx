@@ -23,7 +23,7 @@ from fastpath.drops cimport (
     count_drop,
     drops_by_name,
 )
-from fastpath.kernel.poll cimport POLL_EVENTS, poll_add, poll_close, poll_open, poll_wait
+from fastpath.kernel.poll cimport POLL_EVENTS, poll_add, poll_close, poll_open, poll_remove, poll_wait
 from fastpath.kernel.tap cimport tap_read
 from fastpath.kernel.udp cimport RECEIVE_STRIDE, receive_batch, received
 from fastpath.linux cimport (
@@ -99,9 +99,7 @@ cdef class Pump:
             raise ValueError(f"vni: {vni} is not in 0..{(1 << 24) - 1}")
         if vxlan_reserved_bits not in ("strict", "rfc"):
             raise ValueError(f"vxlan_reserved_bits: {vxlan_reserved_bits!r} is neither 'strict' nor 'rfc'")
-        if not 576 <= mtu <= 65535:
-            raise ValueError(f"mtu: {mtu} is not in 576..65535")
-        self.mtu = mtu
+        self.set_mtu(mtu)
         self.tap_fd = tap_fd
         self.vnet_size = vnet_header_size
         self.vni = vni
@@ -131,6 +129,24 @@ cdef class Pump:
     def add_sender(self, int fd, int family):
         """A non-blocking UDP socket for sending to AF_INET or AF_INET6 peers."""
         self.sender.add_socket(fd, family)
+
+    def forget_sockets(self):
+        """Receive and send by none any more, until some are added again."""
+        cdef int i
+        for i in range(self.receiver_count):
+            poll_remove(self.poll_fd, self.receivers[i].fd)
+        self.receiver_count = 0
+        self.sender.forget_sockets()
+
+    def watch_tap(self):
+        """Watch the TAP's descriptor again, after another TAP was put in its place (dup2)."""
+        watch(self, self.tap_fd)
+
+    def set_mtu(self, mtu):
+        """The pods' MTU is another now."""
+        if not 576 <= mtu <= 65535:
+            raise ValueError(f"mtu: {mtu} is not in 576..65535")
+        self.mtu = mtu
 
     def set_uplink(self, int fd, bytes mac not None):
         """A TAP that takes superframes inside their tunnel: see fastpath/offload/tunnel.pxd."""

@@ -13,6 +13,7 @@ from fastpath.linux cimport (
     AF_INET,
     EAFNOSUPPORT,
     EAGAIN,
+    EBADFD,
     EINVAL,
     EIO,
     EMSGSIZE,
@@ -62,6 +63,10 @@ cdef class Sender:
             raise ValueError(f"senders: no more than {SOCKETS} of a family")
         sockets.fds[sockets.count] = fd
         sockets.count += 1
+
+    def forget_sockets(self):
+        """Send from none any more."""
+        self.v4.count = self.v6.count = 0
 
     def set_uplink(self, int fd, bytes mac not None):
         """A TAP whose header is TUNNEL_VNET_HEADER bytes, with its MAC. It is used from now on, for
@@ -121,9 +126,10 @@ cdef class Sender:
                 header_bytes = TUNNEL_HEADER + cut.headers
                 self._count(key, cut.count, <uint64_t> cut.count * header_bytes + cut.payload)
                 return 0
-            if written != -EINVAL:
+            if written != -EINVAL and written != -EBADFD and written != -EIO:
                 return send_drop(<int> written)
-            # Cut it ourselves; and all later ones, if it was not only this frame that was refused.
+            # Cut it ourselves; and all later ones, if it was not only this frame that was refused, as by a
+            # TAP that was deleted or set down.
             self.uplink_refusals += 1
             self.uplink = self.uplink_refusals < UPLINK_REFUSALS
         if partial:

@@ -45,6 +45,7 @@ from forwarder.toml_values import (
     read_section,
     refuse_unknown,
 )
+from forwarder.underlay import AUTO
 
 DEFAULT_PATH: Final = Path("/etc/podloom/podloom.toml")
 SECTIONS: Final = ("cluster", "node", "tunnel", "links", "offload", "discovery", "health", "names")
@@ -70,9 +71,10 @@ class ClusterConfig:
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
     """`id` and `router_mac` are None when the stored id is to be used and the MAC derived from it; `prefixes`
-    are none when the discovery source gives them."""
+    are none when the discovery source gives them, and `endpoints` when `device` does."""
 
-    endpoints: tuple[Address, ...]
+    endpoints: tuple[Address, ...] = ()
+    device: str = ""
     prefixes: tuple[Network, ...] = ()
     id: str | None = None
     router_mac: bytes | None = None
@@ -229,6 +231,10 @@ def parse(text: str) -> Config:
     health = read_section(HealthConfig, _HEALTH, _pop_table(tables, "health", faults), "health", faults)
     names = read_section(NamesConfig, NAMES, _pop_table(tables, "names", faults), "names", faults)
     services = read_services(tables, (names or NamesConfig()).domain, faults)
+    if "endpoints" not in node_table and not node_table.get("device"):
+        faults.append(
+            Fault("node.endpoints", MISSING, f"{_NODE['endpoints'].allowed}, or node.device be given")
+        )
     if "prefixes" not in node_table and (discovery is None or discovery.source == "static"):
         faults.append(Fault("node.prefixes", MISSING, _NODE["prefixes"].allowed))
     # A peer's absent keys stand for ours; where ours are faulty any value does to find the peer's faults.
@@ -334,6 +340,9 @@ cidrs = ["10.42.0.0/16", "fd42::/48"]
 [node]
 # This node's addresses on the underlay: one IPv4, one IPv6, or one of each.
 endpoints = ["192.0.2.1"]
+# Instead of them, the device that has it: its IPv4 address, or its IPv6 address if it has no other, followed
+# when it changes. "{AUTO}" is the device of the default route.
+#device = ""
 # What this node's pods get their addresses from. Inside cluster.cidrs and nobody else's. May be left out
 # where the discovery source gives them: etcd from cluster.cidrs, kubernetes from the Node's podCIDRs.
 prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
@@ -486,6 +495,8 @@ def _check_together(config: Config) -> Iterator[Fault]:
         if any(endpoint in cidr for cidr in cidrs):
             allowed = "must be an underlay address, outside cluster.cidrs"
             yield Fault(f"node.endpoints[{index}]", endpoint, allowed)
+    if node.device and node.endpoints:
+        yield Fault("node.device", node.device, "must be left out where node.endpoints is given")
     if tunnel.encapsulation == "vxlan" and not tunnel.vxlan_ports:
         yield Fault("tunnel.vxlan_ports", [], 'must hold a port when tunnel.encapsulation is "vxlan"')
     if tunnel.geneve_port in tunnel.vxlan_ports:
@@ -637,6 +648,7 @@ _CLUSTER: Final = {
 }
 _NODE: Final = {
     "endpoints": _endpoints(),
+    "device": matching(r"[^/\s]{0,15}", 'must be a network device, "auto", or ""'),
     "prefixes": list_of(
         kind_of(str, "must be a network", _node_prefix),
         "must be a list of the networks that this node's pods get addresses from",

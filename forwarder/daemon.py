@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,16 +42,22 @@ from forwarder.offloads import ABOUT
 from forwarder.peers import OPTION_BYTES, check
 from forwarder.plan import (
     CHANGEABLE,
+    UNDERLAY_KEYS,
     changed_keys,
     data_plane_settings,
+    device_mtus,
     dns_result,
+    inner_mtus,
     names_settings,
     plan_wiring,
+    with_endpoints,
     with_prefixes,
 )
 from forwarder.probing import Probing
 from forwarder.process import StartError, notify, require_privileges, run_directory
 from forwarder.reconcile import Wiring
+from forwarder.underlay import AUTO, Host, UnderlayError
+from forwarder.upkeep import Upkeep
 from forwarder.uplink import UplinkError, open_uplink
 from forwarder.version import podloom_version
 
@@ -64,6 +70,17 @@ INNER_HEADER_BYTES: Final = 8 + 14
 """Of every datagram: the tunnel header and the inner Ethernet header."""
 
 CNI_WORKERS: Final = 8
+
+FAILURES: Final = (
+    StartError,
+    LinkError,
+    UnderlayError,
+    MasqueradeError,
+    DataPlaneError,
+    IdentityError,
+    NamesError,
+)
+"""What ends a daemon with a sentence that says what to do."""
 
 SWITCH_SECONDS: Final = 0.001
 """How long a CNI call may keep the interpreter while a packet waits. The default is five times that, on
@@ -78,7 +95,7 @@ def run(path: Path) -> int:
         require_privileges()
         # ---- Above this line only configuration is read; below it the machine is touched. ----
         with run_directory(config.node.run_dir):
-            config = identify(config)
+            config = with_endpoints(identify(config), observe(config))
             refuse(check(config.peers, config.local))
             daemon = Daemon(path, config)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -87,10 +104,15 @@ def run(path: Path) -> int:
         for fault in error.faults:
             log.error("%s: %s", path, fault)
         return 2
-    except (StartError, LinkError, MasqueradeError, DataPlaneError, IdentityError, NamesError) as error:
+    except FAILURES as error:
         log.error("%s", error)
         return 1
     return 0
+
+
+def observe(config: Config) -> Host:
+    """What of the host decides where this node is."""
+    return links.observe(routes=config.node.device == AUTO)
 
 
 def refuse(faults: list[Fault]) -> None:
@@ -99,7 +121,8 @@ def refuse(faults: list[Fault]) -> None:
 
 
 class Daemon:
-    """One node's control plane. `config` is identified: id and router MAC are filled in."""
+    """One node's control plane. `config` is identified and placed: id, router MAC and endpoints are filled
+    in."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self._path = path
@@ -120,30 +143,42 @@ class Daemon:
             source = await self._settle()
             if source is None:
                 return
-            self._wiring, mtus = await asyncio.to_thread(plan_wiring, self._config)
-            wiring = self._wiring
+            devices = device_mtus(self._config, await asyncio.to_thread(observe, self._config))
+            mtus = inner_mtus(self._config, devices)
+            wiring = await asyncio.to_thread(plan_wiring, self._config, mtus)
             tap = await asyncio.to_thread(links.open_tap, wiring.tap, wiring.node_id, wiring.router_mac)
-            stack.push_async_callback(self._remove_links)
+            stack.push_async_callback(self._remove_links, wiring)
             stack.callback(tap.close)
             # Sockets before links: a port in use is the likeliest failure, and then nothing was made yet.
-            self._dataplane = DataPlane(data_plane_settings(self._config, wiring), tap.fileno(), self._fail)
+            self._dataplane = DataPlane(data_plane_settings(self._config, wiring), tap.fileno(), self._mend)
             stack.callback(self._dataplane.close)
             await asyncio.to_thread(set_masquerade, self._config, wiring)
             for operation in await asyncio.to_thread(links.ensure, wiring):
                 log.debug("%s", operation)
-            await self._open_uplink(stack)
-            await self._meet_peers(stack, source, mtus)
+            await self._open_uplink(stack, wiring)
+            await self._meet_peers(stack, source, wiring, mtus)
+            self._upkeep = Upkeep(
+                self._config,
+                wiring,
+                devices,
+                self._dataplane,
+                self._neighbourhood,
+                moved=self._relocate,
+                attach=self._attach_pods,
+                on_failure=self._fail,
+            )
+            stack.callback(self._upkeep.close)
             self._dataplane.start()
-            for watching in (self._neighbourhood.watch_paths(), self._probing.run()):
-                watcher = asyncio.create_task(watching)
-                watcher.add_done_callback(self._fail_with)
-                stack.callback(watcher.cancel)
             self._cni = CniService(node_network(self._config, wiring), self._config.node.state_dir)
             stack.callback(self._cni.close)
             self._workers = ThreadPoolExecutor(CNI_WORKERS, thread_name_prefix="cni")
             stack.callback(self._workers.shutdown)
             self._status_worker = ThreadPoolExecutor(1, thread_name_prefix="cni-status")
             stack.callback(self._status_worker.shutdown)
+            for work in (self._neighbourhood.watch_paths(), self._probing.run(), self._upkeep.run()):
+                task = asyncio.create_task(work)
+                task.add_done_callback(self._fail_with)
+                stack.callback(task.cancel)
             if self._config.names.enabled:
                 self._names = NodeNames(names_settings(self._config, wiring), self._read_pods)
                 stack.push_async_callback(self._names.close)
@@ -182,7 +217,7 @@ class Daemon:
         self._config = with_prefixes(self._config, asking.result())
         return source
 
-    async def _open_uplink(self, stack: AsyncExitStack) -> None:
+    async def _open_uplink(self, stack: AsyncExitStack, wiring: Wiring) -> None:
         """Use the uplink if it is wanted and passes its test; traffic goes without it otherwise."""
         choice, endpoints = self._config.offload.uplink, self._config.node.endpoints
         if choice == "off":
@@ -191,7 +226,7 @@ class Daemon:
             if choice == "auto":
                 await asyncio.to_thread(require_tunnel_segmentation, endpoints)
             uplink = await asyncio.to_thread(
-                open_uplink, self._config.links.uplink, self._wiring.node_id, endpoints
+                open_uplink, self._config.links.uplink, wiring.node_id, endpoints
             )
         except UplinkError as error:
             log.info("no uplink: %s", error)
@@ -200,7 +235,9 @@ class Daemon:
         stack.callback(uplink.close)
         self._dataplane.take_uplink(uplink)
 
-    async def _meet_peers(self, stack: AsyncExitStack, source: Source, mtus: Mapping[int, int]) -> None:
+    async def _meet_peers(
+        self, stack: AsyncExitStack, source: Source, wiring: Wiring, mtus: Mapping[int, int]
+    ) -> None:
         """Follow the source, from its first word or from the peers of last time on."""
         unsaved = asyncio.Event()
         health = self._config.health
@@ -213,7 +250,7 @@ class Daemon:
             self._config.local,
             self._config.features,
             mtus,
-            self._wiring,
+            wiring,
             self._dataplane,
             self._probing,
             changed=unsaved.set,
@@ -239,10 +276,24 @@ class Daemon:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
-    async def _remove_links(self) -> None:
+    async def _remove_links(self, wiring: Wiring) -> None:
         if not self._config.links.keep_on_exit:
-            await asyncio.to_thread(links.remove, self._wiring)
-            await asyncio.to_thread(masquerade.remove, self._wiring)
+            await asyncio.to_thread(links.remove, wiring)
+            await asyncio.to_thread(masquerade.remove, wiring)
+
+    # Changes of the host
+
+    def _mend(self, error: Exception) -> None:
+        self._upkeep.mend(error)
+
+    def _relocate(self, config: Config) -> None:
+        self._config = replace(self._config, node=replace(self._config.node, endpoints=config.node.endpoints))
+        self._follower.relocate(self._config)
+
+    def _attach_pods(self, wiring: Wiring) -> None:
+        """Bring the pods there are, and those to come, to the bridge as it is now."""
+        for fault in self._cni.reattach(node_network(self._config, wiring)):
+            log.error("%s", fault)
 
     # Reload
 
@@ -256,16 +307,19 @@ class Daemon:
         except ConfigError as error:
             for fault in error.faults:
                 log.error("not reloaded: %s", fault)
-        except IdentityError as error:
+        except (IdentityError, LinkError, UnderlayError) as error:
             log.error("not reloaded: %s", error)
 
     async def _reload(self) -> list[str]:
-        """Take over what may change while running; the keys that did. ConfigError or IdentityError, and no
-        change at all, if anything is refused."""
+        """Take over what may change while running; the keys that did. ConfigError, IdentityError, LinkError
+        or UnderlayError, and no change at all, if anything is refused."""
         async with self._reloading:
             config = identify(load(self._path))
             if not config.node.prefixes:
                 config = with_prefixes(config, self._config.node.prefixes)
+            if config.node.device:
+                host = await asyncio.to_thread(observe, config)
+                config = with_endpoints(config, host, self._config.node.endpoints)
             refuse(check(config.peers, config.local))
             changed = changed_keys(self._config, config)
             frozen = [key for key in changed if key not in CHANGEABLE]
@@ -275,15 +329,18 @@ class Daemon:
                     for key in frozen
                 ]
             )
-            source = make_source(config)
+            follow_anew = not changed or bool(changed.keys() - UNDERLAY_KEYS)
+            source = make_source(config) if follow_anew else None
             for name, on in asdict(config.offload).items():
                 if f"offload.{name}" in changed:
                     self._dataplane.set_offload(name, on)
             self._config = config
             if self._names is not None and "services" in changed:
                 self._names.set_services(config.services)
-            await self._follower.unfollow()
-            await self._follower.follow(source, config)
+            if source is not None:
+                await self._follower.unfollow()
+                await self._follower.follow(source, config)
+            await self._upkeep.reconfigure(config)
         log.info("reloaded: %s", ", ".join(changed) or "nothing changed")
         return list(changed)
 
@@ -302,7 +359,7 @@ class Daemon:
             case "reload":
                 try:
                     return {"changed": await self._reload()}
-                except (ConfigError, IdentityError) as error:
+                except (ConfigError, IdentityError, LinkError, UnderlayError) as error:
                     raise VerbError(str(error)) from None
             case "names":
                 return await self._ask_names(request.args)
@@ -357,17 +414,18 @@ class Daemon:
             raise NamesError(str(error)) from None
 
     def _status(self) -> dict[str, Any]:
-        config = self._config
+        config, wiring = self._config, self._upkeep.wiring
         return {
-            "node_id": self._wiring.node_id,
+            "node_id": wiring.node_id,
+            "fault": self._upkeep.fault,
             "version": podloom_version(),
             "uptime_seconds": round(time.monotonic() - self._started_at, 3),
-            "endpoints": [str(endpoint) for endpoint in config.node.endpoints],
-            "prefixes": [str(prefix) for prefix in self._wiring.usable_prefixes],
-            "router_mac": format_mac(self._wiring.router_mac),
-            "gateway_mac": format_mac(self._wiring.gateway_mac),
-            "links": {"bridge": self._wiring.bridge, "tap": self._wiring.tap},
-            "mtu": self._wiring.mtu_bytes,
+            "endpoints": [str(endpoint) for endpoint in self._dataplane.endpoints],
+            "prefixes": [str(prefix) for prefix in wiring.usable_prefixes],
+            "router_mac": format_mac(wiring.router_mac),
+            "gateway_mac": format_mac(wiring.gateway_mac),
+            "links": {"bridge": wiring.bridge, "tap": wiring.tap},
+            "mtu": wiring.mtu_bytes,
             "encapsulation": config.tunnel.encapsulation,
             "vni": config.cluster.vni,
             "ports": {"geneve": config.tunnel.geneve_port, "vxlan": list(config.tunnel.vxlan_ports)},

@@ -7,6 +7,7 @@ moment for more; no packet ever becomes a Python object.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,6 +64,18 @@ class Settings:
     offloads: Mapping[str, bool]
 
 
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Of one endpoint: a receiver for each of `Settings.listen`, and the senders."""
+
+    receivers: tuple[int, ...]
+    senders: tuple[int, ...]
+
+    def close(self) -> None:
+        for descriptor in (*self.receivers, *self.senders):
+            os.close(descriptor)
+
+
 class DataPlane:
     """Open it, `start` it on the running loop, `apply` changes of peers, `close` it."""
 
@@ -74,10 +87,13 @@ class DataPlane:
         self.on_probes: Callable[[Sequence[tuple[int, bytes]]], None] = ignore
         self._prefixes = PrefixTable()
         self._peers = PeerTable()
-        self._receivers: list[int] = []
+        self._settings = settings
+        self._sockets: dict[Address, Sockets] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._broken = False
         self._wanted = dict.fromkeys(ABOUT, False)
         self._refusals: dict[str, str] = {}
+        self._uplink: Uplink | None = None
         self._uplink_fault: str | None = "switched off when podloom started"
         self._descriptors = ExitStack()
         with ExitStack() as undo:
@@ -88,11 +104,7 @@ class DataPlane:
             undo.pop_all()
 
     def _open(self, settings: Settings) -> Pump:
-        try:
-            set_vnet_header_size(self._tap_fd, VNET_HEADER_SIZE)
-            set_offloads(self._tap_fd, checksum=True, tso=False, uso=False)  # switched on one by one
-        except OSError as error:
-            raise DataPlaneError(f"the TAP refuses virtio headers: {error.strerror}") from error
+        prepare_tap(self._tap_fd)
         pump = Pump(
             tap_fd=self._tap_fd,
             vnet_header_size=VNET_HEADER_SIZE,
@@ -106,30 +118,72 @@ class DataPlane:
         )
         for prefix in settings.prefixes:
             self._prefixes.insert(prefix.network_address.packed, prefix.prefixlen, LOCAL_SLOT)
+        self._descriptors.callback(self._close_sockets)
         for endpoint in settings.endpoints:
-            for port, encapsulation in settings.listen:
-                descriptor = self._open_receiver(endpoint, port)
-                pump.add_receiver(descriptor, encapsulation)
-                self._receivers.append(descriptor)
-            for _ in range(SENDERS_PER_FAMILY):
-                pump.add_sender(self._own(open_sender(str(endpoint))), FAMILY[endpoint.version])
+            self._sockets[endpoint] = open_sockets(endpoint, settings.listen)
+        self._use_sockets(pump)
         return pump
 
-    def _open_receiver(self, endpoint: Address, port: int) -> int:
-        try:
-            return self._own(open_receiver(str(endpoint), port, gro=False))
-        except OSError as error:
-            raise DataPlaneError(
-                f"cannot listen on {endpoint} UDP port {port}: {error.strerror}; is another tunnel on this "
-                "host using it? See tunnel.geneve_port and tunnel.vxlan_ports"
-            ) from error
+    def _use_sockets(self, pump: Pump) -> None:
+        for endpoint, sockets in self._sockets.items():
+            for descriptor, (_, encapsulation) in zip(sockets.receivers, self._settings.listen, strict=True):
+                pump.add_receiver(descriptor, encapsulation)
+            for descriptor in sockets.senders:
+                pump.add_sender(descriptor, FAMILY[endpoint.version])
 
-    def _own(self, descriptor: int) -> int:
-        self._descriptors.callback(os.close, descriptor)
-        return descriptor
+    def _close_sockets(self) -> None:
+        while self._sockets:
+            self._sockets.popitem()[1].close()
+
+    @property
+    def endpoints(self) -> tuple[Address, ...]:
+        """Those it sends from and listens on."""
+        return tuple(self._sockets)
+
+    def move(self, endpoints: tuple[Address, ...]) -> None:
+        """Send from and listen on these addresses, and on no others. DataPlaneError, and no change, if that
+        cannot be."""
+        opened: dict[Address, Sockets] = {}
+        try:
+            for endpoint in endpoints:
+                if endpoint not in self._sockets:
+                    opened[endpoint] = open_sockets(endpoint, self._settings.listen)
+        except DataPlaneError:
+            for sockets in opened.values():
+                sockets.close()
+            raise
+        before, self._sockets = self._sockets, {}
+        for endpoint in endpoints:
+            self._sockets[endpoint] = opened[endpoint] if endpoint in opened else before.pop(endpoint)
+        self._pump.forget_sockets()
+        self._use_sockets(self._pump)
+        for sockets in before.values():
+            sockets.close()
+        self.set_offload("udp_gro", self._wanted["udp_gro"])
+        if self._uplink is not None:
+            used = self._pump.offloads["uplink"]
+            self._pump.set_uplink(self._uplink.fileno(), self._uplink.mac)
+            self._pump.set_offload("uplink", used)
+
+    def resize(self, mtu_bytes: int) -> None:
+        """The pods' MTU is another now."""
+        self._pump.set_mtu(mtu_bytes)
+
+    def replace_tap(self, tap_fd: int) -> None:
+        """Go on with this TAP under the old one's descriptor, after which `tap_fd` may be closed."""
+        prepare_tap(tap_fd)
+        running = self._loop is not None
+        self._stop()
+        os.dup2(tap_fd, self._tap_fd, inheritable=False)
+        self._pump.watch_tap()
+        for name in ("tso", "uso"):
+            self.set_offload(name, self._wanted[name])
+        if running or self._broken:
+            self.start()
 
     def start(self) -> None:
         """Forward whatever arrives from now on, on the running loop."""
+        self._broken = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pump.fileno(), self._turn)
 
@@ -140,6 +194,7 @@ class DataPlane:
             # Such a descriptor stays readable and useless, as a TAP does whose link was deleted: going on
             # would only spin.
             self._stop()
+            self._broken = True
             self._on_failure(DataPlaneError(f"the data plane stopped: {error.strerror}; start podloom again"))
             return
         if probes := self._pump.take_probes():
@@ -176,8 +231,9 @@ class DataPlane:
             elif name == "uplink":
                 self._switch_uplink(on)
             elif name == "udp_gro":
-                for descriptor in self._receivers:
-                    set_gro(descriptor, on)
+                for sockets in self._sockets.values():
+                    for descriptor in sockets.receivers:
+                        set_gro(descriptor, on)
             else:
                 self._pump.set_offload(name, on)
         except OSError as error:
@@ -187,6 +243,7 @@ class DataPlane:
     def take_uplink(self, uplink: Uplink) -> None:
         """Send TCP superframes through it from now on. Borrowed."""
         self._pump.set_uplink(uplink.fileno(), uplink.mac)
+        self._uplink = uplink
         self._uplink_fault = None
         self._wanted["uplink"] = True
 
@@ -233,6 +290,45 @@ class DataPlane:
 
 def ignore(probes: Sequence[tuple[int, bytes]]) -> None:
     """Probes that nobody wants."""
+
+
+def prepare_tap(tap_fd: int) -> None:
+    """DataPlaneError if the TAP cannot be used."""
+    try:
+        set_vnet_header_size(tap_fd, VNET_HEADER_SIZE)
+        set_offloads(tap_fd, checksum=True, tso=False, uso=False)  # switched on one by one
+    except OSError as error:
+        raise DataPlaneError(f"the TAP refuses virtio headers: {error.strerror}") from error
+
+
+def open_sockets(endpoint: Address, listen: Iterable[tuple[int, str]]) -> Sockets:
+    """DataPlaneError, and nothing left open, if one cannot be had."""
+    with ExitStack() as undo:
+
+        def own(descriptor: int) -> int:
+            undo.callback(os.close, descriptor)
+            return descriptor
+
+        receivers = []
+        for port, _ in listen:
+            try:
+                receivers.append(own(open_receiver(str(endpoint), port, gro=False)))
+            except OSError as error:
+                hint = (
+                    "correct node.endpoints or add it"
+                    if error.errno == errno.EADDRNOTAVAIL
+                    else "is another tunnel on this host using it? See tunnel.geneve_port and "
+                    "tunnel.vxlan_ports"
+                )
+                raise DataPlaneError(
+                    f"cannot listen on {endpoint} UDP port {port}: {error.strerror}; {hint}"
+                ) from error
+        try:
+            senders = tuple(own(open_sender(str(endpoint))) for _ in range(SENDERS_PER_FAMILY))
+        except OSError as error:
+            raise DataPlaneError(f"cannot send from {endpoint}: {error.strerror}") from error
+        undo.pop_all()
+    return Sockets(tuple(receivers), senders)
 
 
 def apply_changes(changes: Iterable[Change], prefixes: PrefixTable, peers: PeerTable) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from forwarder.boot_clock import boot_seconds
 from forwarder.config import Config
 from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Source, Trouble, Upsert, stored
 from forwarder.discovery.stored import Stored
@@ -18,7 +19,11 @@ from forwarder.neighbourhood import Neighbourhood
 log = logging.getLogger("podloom")
 
 SAVE_SECONDS: Final = 1.0
-"""Between two writings of the peers to disk."""
+"""Between two writings of the peers to disk, at least."""
+
+SAVE_PAUSES: Final = 50
+"""As many times as long as a writing took, no other begins: all peers are written for the sake of one, and
+with thousands of them some are always changing."""
 
 
 @dataclass(slots=True)
@@ -69,6 +74,11 @@ class Follower:
         if self._state.stored_at is None:
             await first.wait()
 
+    def relocate(self, config: Config) -> None:
+        """This node has the endpoints of this configuration now: the others are to be told."""
+        self._config = config
+        self._source.relocate(config)
+
     async def unfollow(self) -> None:
         if self._following is not None:
             self._following.cancel()
@@ -90,7 +100,7 @@ class Follower:
             applied()
 
     async def _apply(self, item: Item) -> None:
-        state, now = self._state, time.monotonic()
+        state, now = self._state, boot_seconds()
         match item:
             case Announced(fault):
                 if fault is not None and fault != state.unannounced:
@@ -128,8 +138,9 @@ class Follower:
     async def _save_changes(self) -> None:
         while True:
             await self._unsaved.wait()
+            began = time.monotonic()
             await self.save()
-            await asyncio.sleep(SAVE_SECONDS)
+            await asyncio.sleep(max(SAVE_SECONDS, SAVE_PAUSES * (time.monotonic() - began)))
 
     async def save(self) -> None:
         """Keep what stands, if the source said so and it is not kept yet."""
@@ -158,7 +169,7 @@ class Follower:
         if state.stored_at is not None:
             age = max(0.0, time.time() - state.stored_at)
         elif state.updated_at is not None:
-            age = time.monotonic() - state.updated_at
+            age = boot_seconds() - state.updated_at
         return {
             "source": self._config.discovery.source,
             "stored": state.stored_at is not None,

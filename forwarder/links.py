@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
 from socket import AF_BRIDGE, AF_INET, AF_INET6
@@ -47,6 +48,7 @@ from forwarder.reconcile import (
     reconcile,
     wanted,
 )
+from forwarder.underlay import Device, Host
 
 SYSCTL_ROOT: Final = Path("/proc/sys")
 TUN_DEVICE: Final = Path("/dev/net/tun")
@@ -64,9 +66,12 @@ FAMILY = {4: AF_INET, 6: AF_INET6}
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
 NTF_MASTER, NTF_STICKY = 0x04, 0x40
 IFA_F_NODAD = 0x02
+IFA_F_UNUSABLE = 0x08 | 0x40  # DADFAILED, TENTATIVE
+IFA_F_SECOND_CHOICE = 0x01 | 0x20  # SECONDARY or TEMPORARY, DEPRECATED
 RTNH_F_ONLINK = 0x04
 RTAX_MTU = 2
 RT_TABLE_MAIN = 254
+RTN_UNICAST = 1
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 TUNSETTXFILTER = 0x400454D1  # linux/if_tun.h; takes a struct tun_filter: flags, count, MACs
 IFF_UP, IFF_LOOPBACK = 0x1, 0x8
@@ -182,16 +187,56 @@ def _tap_failure(name: str, error: Exception) -> str:
     return f"cannot open TAP {name} through {TUN_DEVICE}: {reason}"
 
 
-def underlay_mtu_bytes(endpoint: Address) -> int:
-    """The MTU of the device that has the address."""
+def has_tap(name: str) -> bool:
+    """Whether the TAP that we opened under this name is still there."""
     with _netlink() as netlink:
-        link = _device_of(netlink, endpoint)
-        if link["flags"] & IFF_LOOPBACK:
-            raise LinkError(
-                f"{endpoint} is on {link.get('IFLA_IFNAME')}, whose MTU says nothing of the wire's: "
-                "set tunnel.underlay_mtu_bytes"
-            )
-        return int(link.get("IFLA_MTU"))
+        link = _link(netlink, name)
+        return link is not None and link.kind == "tun" and is_ours(link)
+
+
+def observe(*, routes: bool) -> Host:
+    """What of this host decides where the node is on the underlay; default routes only if wanted."""
+    with _netlink() as netlink:
+        for _ in range(ROUNDS):
+            try:
+                return Host(tuple(_devices(netlink)), dict(_default_routes(netlink)) if routes else {})
+            except NetlinkDumpInterrupted:
+                continue
+    raise LinkError("the kernel's tables change too fast to be read")
+
+
+def _devices(netlink: Any) -> Iterator[Device]:
+    found: dict[int, list[tuple[bool, Address]]] = {}
+    for message in netlink.get_addr():
+        flags = message.get("IFA_FLAGS") or message["flags"]
+        if message["scope"] == RT_SCOPE_UNIVERSE and not flags & IFA_F_UNUSABLE:
+            address = ip_address(message.get("IFA_LOCAL") or message.get("IFA_ADDRESS"))
+            found.setdefault(message["index"], []).append((bool(flags & IFA_F_SECOND_CHOICE), address))
+    for index, addresses in found.items():
+        try:
+            (link,) = netlink.get_links(index)
+        except NetlinkError as error:
+            if error.code != errno.ENODEV:
+                raise
+            continue  # It has gone meanwhile, which makes an event of its own.
+        yield Device(
+            name=link.get("IFLA_IFNAME"),
+            mtu_bytes=link.get("IFLA_MTU"),
+            loopback=bool(link["flags"] & IFF_LOOPBACK),
+            addresses=tuple(address for _, address in sorted(addresses, key=lambda item: item[0])),
+        )
+
+
+def _default_routes(netlink: Any) -> Iterator[tuple[int, str]]:
+    for version, family in FAMILY.items():
+        routes = [
+            message
+            for message in netlink.get_routes(family=family, table=RT_TABLE_MAIN)
+            if message["dst_len"] == 0 and message["type"] == RTN_UNICAST and message.get("RTA_OIF")
+        ]
+        for message in sorted(routes, key=lambda message: message.get("RTA_PRIORITY") or 0)[:1]:
+            (link,) = netlink.get_links(message.get("RTA_OIF"))
+            yield version, link.get("IFLA_IFNAME")
 
 
 def _device_of(netlink: Any, endpoint: Address) -> Any:
@@ -201,9 +246,12 @@ def _device_of(netlink: Any, endpoint: Address) -> Any:
     raise LinkError(f"no device of this host has the address {endpoint}: correct node.endpoints or add it")
 
 
-def ensure(wiring: Wiring) -> list[Operation]:
-    """Bring the kernel to the wanted state; what had to be done. The TAP must be open already."""
+def ensure(wiring: Wiring, routes: frozenset[Route] | None = None) -> list[Operation]:
+    """Bring the kernel to the wanted state, with these routes instead of the cluster's alone; what had to be
+    done. The TAP must be open already."""
     target = wanted(wiring)
+    if routes is not None:
+        target = replace(target, routes=routes)
     done: list[Operation] = []
     with _netlink() as netlink:
         for _ in range(ROUNDS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final
 
 from forwarder import links, paths
@@ -30,7 +30,7 @@ from forwarder.peers import (
     tables_for,
 )
 from forwarder.probing import Probing
-from forwarder.reconcile import Wiring, wanted
+from forwarder.reconcile import Operation, Wiring, wanted
 from forwarder.registry import Delta, Registry, Said
 
 log = logging.getLogger("podloom")
@@ -64,9 +64,18 @@ class Neighbourhood:
         self._registry = Registry(local, capacity=MAX_SLOTS - 1)
         self._records: dict[str, PeerRecord] = {}
         self._slots: dict[str, int] = {}
+        self._free: dict[int, None] = {}
+        """Slots that were in use, and are not; the first that never was is `_next_slot`."""
+        self._next_slot = 1
         self._paths: dict[int, PeerPath] = {}
         self._short_paths: dict[str, int] = {}
         self._routes = self._cluster_routes = wanted(wiring).routes
+        self._routes_due = False
+        """Whether other routes may be needed than there are: with thousands of short paths that takes a while
+        to find out."""
+        self._routing = asyncio.Lock()
+        self._judging = asyncio.Lock()
+        """While a worker thread has the registry."""
         self._refusals: tuple[str, ...] = ()
 
     # What a source says
@@ -86,14 +95,51 @@ class Neighbourhood:
         self._take_over(self._registry.replace(said))
 
     async def replace(self, said: Mapping[str, Said]) -> None:
-        # In a thread: packets would wait while thousands of records are judged.
-        judging = asyncio.ensure_future(asyncio.to_thread(self._registry.replace, said))
-        try:
-            await asyncio.shield(judging)
-        finally:
-            # Also when cancelled: the registry and the fast path must not part.
-            await asyncio.wait([judging])
-            self._take_over(judging.result())
+        async with self._judging:
+            # In a thread: packets would wait while thousands of records are judged.
+            judging = asyncio.ensure_future(asyncio.to_thread(self._registry.replace, said))
+            try:
+                await asyncio.shield(judging)
+            finally:
+                # Also when cancelled: the registry and the fast path must not part.
+                await asyncio.wait([judging])
+                self._take_over(judging.result())
+
+    async def replan(self, local: Local, mtus: Mapping[int, int], inner_mtu_bytes: int) -> None:
+        """This node is elsewhere, or its devices carry another MTU than before: of every peer's path anew
+        what follows from that."""
+        async with self._judging:
+            self._replan(local, mtus, inner_mtu_bytes)
+
+    def _replan(self, local: Local, mtus: Mapping[int, int], inner_mtu_bytes: int) -> None:
+        if moves := local.endpoints != self._endpoints:
+            # What was measured was another way.
+            self._short_paths = {}
+            for node_id in self._records:
+                self._probing.forget(node_id)
+        before = self._tables_for(self._records.values())
+        delta = self._registry.relocate(local)
+        self._endpoints, self._mtus, self._inner_mtu_bytes = local.endpoints, mtus, inner_mtu_bytes
+        for node_id, record in delta.items():
+            if record is None:
+                del self._records[node_id]
+                self._free[self._slots.pop(node_id)] = None
+            else:
+                self._records[node_id] = record
+        after = self._tables_for(self._records.values())
+        self._dataplane.apply(diff(before, after))
+        self._occupy(after.slots)
+        self._paths = dict(after.paths)
+        for record in self._records.values() if moves else ():
+            self._follow_health(record)
+        self._routes_due = True
+        if delta:
+            self._changed()
+
+    async def repair(self, wiring: Wiring) -> list[Operation]:
+        """Bring the kernel to the wanted state, the routes among it; what had to be done."""
+        async with self._routing:
+            return await asyncio.to_thread(links.ensure, wiring, self._routes)
 
     def upsert(self, key: str, said: Said) -> None:
         self._take_over(self._registry.upsert(key, said))
@@ -117,8 +163,8 @@ class Neighbourhood:
         new = [record for record in delta.values() if record is not None]
         before = self._tables_for(old)
         for node_id, record in delta.items():
-            if record is None:
-                self._slots.pop(node_id, None)
+            if record is None and (slot := self._slots.pop(node_id, None)) is not None:
+                self._free[slot] = None
             if record is None or record.endpoints != self._records.get(node_id, record).endpoints:
                 self._short_paths.pop(node_id, None)
                 self._probing.forget(node_id)
@@ -127,7 +173,7 @@ class Neighbourhood:
         self._dataplane.apply(changes)
         for slot in before.paths:
             self._paths.pop(slot, None)
-        self._slots.update(after.slots)
+        self._occupy(after.slots)
         self._paths.update(after.paths)
         count = len(self._records)
         for record in old:
@@ -135,6 +181,7 @@ class Neighbourhood:
         self._records.update((record.id, record) for record in new)
         for record in new:
             self._follow_health(record)
+        self._routes_due = True
         self._changed()
         log.info("%d peers (%d before), %d changes", len(self._records), count, len(changes))
 
@@ -145,13 +192,19 @@ class Neighbourhood:
         else:
             self._probing.forget(record.id)
 
+    def _occupy(self, slots: Mapping[str, int]) -> None:
+        self._slots.update(slots)
+        for slot in slots.values():
+            self._free.pop(slot, None)
+            self._next_slot = max(self._next_slot, slot + 1)
+
     def _tables_for(self, records: Iterable[PeerRecord]) -> Tables:
         return tables_for(
             records,
             previous=self._slots,
             mtu_bytes=self._mtus,
             max_slots=MAX_SLOTS,
-            reserved=self._slots.values(),
+            free=chain(self._free, range(self._next_slot, MAX_SLOTS)),
             short_paths=self._short_paths,
             features=self._features,
         )
@@ -161,18 +214,22 @@ class Neighbourhood:
     async def watch_paths(self) -> None:
         """Keep the fast path and the routes to what the paths carry, until cancelled."""
         fault: str | None = None
-        with Prober(self._endpoints) as prober:
-            while True:
+        while True:
+            endpoints = self._endpoints
+            with Prober(endpoints) as prober:
                 for node_ids, pause in paths.slices(list(self._records)):
                     self._measure_paths(prober, node_ids)
                     try:
                         await self._route_short_paths()
                         fault = None
                     except LinkError as error:
+                        self._routes_due = True
                         if str(error) != fault:
                             fault = str(error)
                             log.error("pods are not told what their paths carry: %s", fault)
                     await asyncio.sleep(pause)
+                    if endpoints != self._endpoints:
+                        break
 
     def _measure_paths(self, prober: Prober, node_ids: Iterable[str]) -> None:
         """Ask for these peers' path MTUs, and have them sent no more than that."""
@@ -196,6 +253,7 @@ class Neighbourhood:
         after = self._tables_for(records)
         self._dataplane.apply(diff(before, after))
         self._paths.update(after.paths)
+        self._routes_due = True
         for sentence in paths.news(changed, [(record, self._path_of(record)) for record in records]):
             log.warning("%s", sentence)
 
@@ -205,12 +263,16 @@ class Neighbourhood:
 
     async def _route_short_paths(self) -> None:
         """Bring the kernel's routes to what the paths carry: by them it tells pods."""
+        if not self._routes_due:
+            return
+        self._routes_due = False
         records = (self._records[node_id] for node_id in self._short_paths)
         short = ((record, self._path_of(record)) for record in records)
         routes = paths.routes(self._cluster_routes, paths.prefix_mtus(short, self._inner_mtu_bytes))
         if routes != self._routes:
-            await asyncio.to_thread(links.change_routes, paths.changes(self._routes, routes))
-            self._routes = routes
+            async with self._routing:
+                await asyncio.to_thread(links.change_routes, paths.changes(self._routes, routes))
+                self._routes = routes
 
     def _path_of(self, record: PeerRecord) -> PeerPath:
         return self._paths[self._slots[record.id]]

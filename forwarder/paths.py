@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, Self, TypeAlias
 
@@ -49,7 +50,8 @@ class Prober:
         for endpoint in endpoints:
             family = socket.AF_INET if endpoint.version == 4 else socket.AF_INET6
             self._sockets[endpoint.version] = sock = socket.socket(family, socket.SOCK_DGRAM)
-            sock.bind((str(endpoint), 0))
+            with suppress(OSError):  # Where the address is gone for a while, there is no route either.
+                sock.bind((str(endpoint), 0))
 
     def __enter__(self) -> Self:
         return self

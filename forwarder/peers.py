@@ -84,7 +84,8 @@ def check_alone(key: str, record: PeerRecord, local: Local) -> Iterator[Fault]:
         if any(endpoint in cidr for cidr in local.cluster_cidrs):
             allowed = "must be an underlay address, outside cluster.cidrs"
             yield Fault(f"{key}.endpoints[{index}]", endpoint, allowed)
-    if families.isdisjoint(endpoint.version for endpoint in record.endpoints):
+    # Without endpoints yet, of a device that is still to be looked at.
+    if families and families.isdisjoint(endpoint.version for endpoint in record.endpoints):
         shared = " or ".join(f"IPv{version}" for version in sorted(families))
         value = [str(endpoint) for endpoint in record.endpoints]
         yield Fault(f"{key}.endpoints", value, f"must hold an {shared} address, as node.endpoints does")
@@ -182,24 +183,24 @@ def tables_for(
     previous: Mapping[str, int],
     mtu_bytes: Mapping[int, int],
     max_slots: int,
-    reserved: Iterable[int] = (),
+    free: Iterable[int] | None = None,
     short_paths: Mapping[str, int] = MappingProxyType({}),
     features: Collection[str] = (),
 ) -> Tables:
-    """The tables for checked records. A node keeps its slot of `previous`, and gets none of the `reserved`;
-    `mtu_bytes` is the largest inner IP packet by the underlay's IP version, and its keys are the versions
-    this node can send; `short_paths` is by node id the path MTU where that leaves less; `features` are
-    this node's."""
+    """The tables for checked records. A node keeps its slot of `previous`, or gets a `free` one: any below
+    `max_slots` that none of these nodes has, if nothing is said. `mtu_bytes` is the largest inner IP packet
+    by the underlay's IP version, and its keys are the versions this node can send; `short_paths` is by node
+    id the path MTU where that leaves less; `features` are this node's."""
     records = list(records)
     slots = {record.id: previous[record.id] for record in records if record.id in previous}
-    taken = {*slots.values(), *reserved}
-    free = (slot for slot in range(1, max_slots) if slot not in taken)
+    taken = set(slots.values())
+    unused = (slot for slot in (range(1, max_slots) if free is None else free) if slot not in taken)
     paths: dict[int, PeerPath] = {}
     sources: dict[Address, int] = {}
     prefixes: dict[Network, int] = {}
     for record in records:
         if record.id not in slots:
-            slot = next(free, None)
+            slot = next(unused, None)
             if slot is None:
                 raise TooManyPeersError(f"{len(records)} peers: must be at most {max_slots - 1}")
             slots[record.id] = slot

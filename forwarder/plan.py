@@ -1,14 +1,15 @@
 """What one configuration means for each part of the daemon, and what of it may change while running. Pure
-but for `plan_wiring`, which asks the host for its MTUs and families."""
+but for `plan_wiring`, which asks the host for its families."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, Final
 
-from forwarder import links
-from forwarder.addresses import Network, gateway_of
+from forwarder import links, underlay
+from forwarder.addresses import Address, Network, gateway_of
 from forwarder.config import SECTIONS, Config, DiscoveryConfig
 from forwarder.dataplane import Settings
 from forwarder.names.settings import Settings as NamesSettings
@@ -18,10 +19,17 @@ from forwarder.paths import MIN_IPV6_MTU_BYTES
 from forwarder.peers import OPTION_BYTES, OVERHEAD_BYTES
 from forwarder.process import StartError
 from forwarder.reconcile import Wiring
+from forwarder.underlay import Host
 
 log = logging.getLogger("podloom")
 
+MIN_IPV4_MTU_BYTES: Final = 576
+
+UNDERLAY_KEYS: Final = {"node.endpoints", "node.device", "tunnel.underlay_mtu_bytes"}
+"""Where the node is on the underlay, which may change without the configuration too."""
+
 CHANGEABLE: Final = {
+    *UNDERLAY_KEYS,
     "tunnel.encapsulation",
     "links.keep_on_exit",
     *(f"discovery.{item.name}" for item in fields(DiscoveryConfig)),
@@ -36,16 +44,37 @@ def with_prefixes(config: Config, prefixes: tuple[Network, ...]) -> Config:
     return replace(config, node=replace(config.node, prefixes=prefixes))
 
 
-def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:
-    """The node's place in its kernel, and by the underlay's IP version the largest inner IP packet."""
+def with_endpoints(config: Config, host: Host, current: Sequence[Address] = ()) -> Config:
+    """The configuration with the addresses that its device has. UnderlayError if it has none."""
+    if not config.node.device:
+        return config
+    outside = underlay.endpoints_of(config.node.device, host, config.cluster.cidrs, current)
+    return replace(config, node=replace(config.node, endpoints=outside))
+
+
+def device_mtus(config: Config, host: Host, before: Mapping[int, int] | None = None) -> dict[int, int]:
+    """By IP version what the underlay carries. UnderlayError as `underlay.device_mtus`."""
+    if fixed := config.tunnel.underlay_mtu_bytes:
+        return {endpoint.version: fixed for endpoint in config.node.endpoints}
+    return underlay.device_mtus(config.node.endpoints, host, before)
+
+
+def inner_mtus(config: Config, device_mtus: Mapping[int, int]) -> dict[int, int]:
+    """By the underlay's IP version the largest inner IP packet."""
+    option_bytes = OPTION_BYTES if config.tunnel.remote_checksum else 0
+    return {version: mtu - OVERHEAD_BYTES[version] - option_bytes for version, mtu in device_mtus.items()}
+
+
+def pod_mtu_bytes(mtus: Mapping[int, int], families: Collection[int]) -> int:
+    """The pods' MTU while running. Less than IPv6 needs would take IPv6 from them, and less than IPv4 needs
+    is nothing that a host must take (RFC 791): what does not fit then is dropped on its way to a peer."""
+    return max(min(mtus.values()), MIN_IPV6_MTU_BYTES if 6 in families else MIN_IPV4_MTU_BYTES)
+
+
+def plan_wiring(config: Config, mtus: Mapping[int, int]) -> Wiring:
+    """The node's place in its kernel. StartError if pods cannot live there."""
     assert config.node.id is not None  # noqa: S101 (identified)
     assert config.node.router_mac is not None  # noqa: S101
-    mtus: dict[int, int] = {
-        endpoint.version: (config.tunnel.underlay_mtu_bytes or links.underlay_mtu_bytes(endpoint))
-        - OVERHEAD_BYTES[endpoint.version]
-        - (OPTION_BYTES if config.tunnel.remote_checksum else 0)
-        for endpoint in config.node.endpoints
-    }
     wiring = Wiring(
         node_id=config.node.id,
         bridge=config.links.bridge,
@@ -70,7 +99,7 @@ def plan_wiring(config: Config) -> tuple[Wiring, dict[int, int]]:
             f"the underlay leaves pods an MTU of {wiring.mtu_bytes}, and IPv6 needs {MIN_IPV6_MTU_BYTES}: "
             "raise the underlay's MTU or use only IPv4 prefixes"
         )
-    return wiring, mtus
+    return wiring
 
 
 def data_plane_settings(config: Config, wiring: Wiring) -> Settings:

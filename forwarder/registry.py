@@ -79,6 +79,18 @@ class Registry:
                 self._stand_if_possible(key, old[key])
         return self._delta()
 
+    def relocate(self, local: Local) -> Delta:
+        """This node is elsewhere now, with the prefixes it had: judge everything anew by that."""
+        self._local = local
+        for key, record in list(self._standing.items()):
+            if alone := tuple(check_alone(key, record, local)):
+                self._leave(key)
+                self._refused[key] = record, alone
+        for key, (refused, _) in list(self._refused.items()):
+            if refused is not None:
+                self._try_instead(key, refused)
+        return self._delta()
+
     def upsert(self, key: str, said: Said) -> Delta:
         """One key says something new."""
         if said == self._standing.get(key):
@@ -138,11 +150,15 @@ class Registry:
             record, _ = self._refused.get(key, (None, ()))
             if record is None:
                 continue  # It says something else by now.
-            old = self._standing.get(key)
-            if old is not None:
-                self._leave(key)
-            if not self._try(key, record) and old is not None:
-                self._stand(key, old)
+            self._try_instead(key, record)
+
+    def _try_instead(self, key: str, record: PeerRecord) -> None:
+        """Let it stand in the place of the last good record of its key, or keep that."""
+        old = self._standing.get(key)
+        if old is not None:
+            self._leave(key)
+        if not self._try(key, record) and old is not None:
+            self._stand(key, old)
 
     def _try(self, key: str, said: Said) -> bool:
         """Let it stand, or note why it cannot."""
@@ -150,7 +166,7 @@ class Registry:
             self._refused[key] = None, said.faults
             return False
         if alone := tuple(check_alone(key, said, self._local)):
-            self._refused[key] = None, alone
+            self._refused[key] = said, alone
             return False
         if together := tuple(self._conflicts(key, said)):
             self._refused[key] = said, together

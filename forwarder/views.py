@@ -43,6 +43,8 @@ def _status(status: dict[str, Any]) -> list[Any]:
     for name, offload in status["offloads"].items():
         facts.add_row(name, "on" if offload["on"] else f"off: {offload['reason']}")
     parts: list[Any] = [facts]
+    if status["fault"]:
+        parts.append(Text(status["fault"], style="bold red"))
     if discovery["fault"]:
         parts.append(Text(f"the peers are not up to date: {discovery['fault']}", style="bold red"))
     if discovery["unannounced"]:

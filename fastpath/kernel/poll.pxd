@@ -3,6 +3,7 @@
 from fastpath.linux cimport (
     EPOLL_CLOEXEC,
     EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL,
     EPOLLIN,
     close,
     epoll_create1,
@@ -34,6 +35,12 @@ cdef inline int poll_add(int poll_fd, int fd) noexcept nogil:
     event.events = EPOLLIN
     event.data.fd = fd
     return 0 if epoll_ctl(poll_fd, EPOLL_CTL_ADD, fd, &event) == 0 else -errno
+
+
+cdef inline void poll_remove(int poll_fd, int fd) noexcept nogil:
+    """Watch it no more; nothing to do if it was not."""
+    cdef epoll_event event
+    epoll_ctl(poll_fd, EPOLL_CTL_DEL, fd, &event)
 
 
 cdef inline int poll_wait(int poll_fd, epoll_event *events, long microseconds) noexcept nogil:

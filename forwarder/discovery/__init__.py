@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from forwarder.addresses import Network
+from forwarder.config import Config
 from forwarder.registry import Said
 
 
@@ -62,6 +63,9 @@ class Source(Protocol):
 
     def watch(self) -> AsyncIterator[Item]:
         """What is known now, at once; then whatever differs from it. Ends only by cancellation."""
+
+    def relocate(self, config: Config) -> None:
+        """This node has the endpoints of this configuration now: tell the others, and judge by them."""
 
     async def close(self) -> None:
         """Give back what the others opened, when they have ended."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, Final
 
 from forwarder.addresses import Network
+from forwarder.boot_clock import boot_seconds
 from forwarder.config import Config, DiscoveryConfig, own_record, read_record, read_text
 from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Trouble, Upsert
 from forwarder.discovery.backoff import Backoff
@@ -49,7 +49,7 @@ class EtcdSource:
         stored_prefixes: tuple[Network, ...] = (),
         *,
         silence_seconds: float = SILENCE_SECONDS,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = boot_seconds,
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:
         """`stored_prefixes` are those this node had when it ran last. ConfigError if a file that the
@@ -118,6 +118,11 @@ class EtcdSource:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+
+    def relocate(self, config: Config) -> None:
+        self._config = config
+        self._registration.relocate(config.node.endpoints)
+        self._client.reconnect()
 
     async def close(self) -> None:
         await self._client.close()

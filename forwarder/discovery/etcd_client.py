@@ -104,10 +104,18 @@ class EtcdClient:
         self._token = ""
         self._at = 0
         self._session: aiohttp.ClientSession | None = None
+        self._leaving: asyncio.Future[None] | None = None
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+            self._session = None
+
+    def reconnect(self) -> None:
+        """Use other connections from now on: what those there are come from may be gone. What is under way on
+        them fails, and can be asked again."""
+        if self._session is not None:
+            self._leaving = asyncio.ensure_future(self._session.close())
             self._session = None
 
     async def list(self, prefix: str) -> tuple[tuple[KeyValue, ...], int]:

@@ -6,6 +6,7 @@ packages, of which five requests need nothing.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 import tempfile
@@ -70,10 +71,18 @@ class KubeClient:
     def __init__(self, access: Access) -> None:
         self._access = access
         self._session: aiohttp.ClientSession | None = None
+        self._leaving: asyncio.Future[None] | None = None
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+            self._session = None
+
+    def reconnect(self) -> None:
+        """Use other connections from now on: what those there are come from may be gone. What is under way on
+        them fails, and can be asked again."""
+        if self._session is not None:
+            self._leaving = asyncio.ensure_future(self._session.close())
             self._session = None
 
     async def node(self, name: str) -> dict[str, Any]:

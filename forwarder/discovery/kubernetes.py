@@ -114,6 +114,12 @@ class KubernetesSource:
                 task.cancel()
             await asyncio.wait(tasks)
 
+    def relocate(self, config: Config) -> None:
+        self._config = config
+        self._record = replace(self._record, endpoints=config.node.endpoints)
+        self._own_changed.set()
+        self._client.reconnect()
+
     async def close(self) -> None:
         await self._client.close()
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from typing import Any, Final
 
-from forwarder.addresses import Network
+from forwarder.addresses import Address, Network
+from forwarder.boot_clock import boot_seconds
 from forwarder.config import record_table
 from forwarder.discovery.backoff import Backoff
 from forwarder.discovery.etcd_client import (
@@ -83,7 +83,7 @@ class Registration:
         terms: Terms,
         *,
         wished: tuple[Network, ...] = (),
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = boot_seconds,
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:
         """`root` is what all keys begin with, with its final slash; `wished` are prefixes to take if they are
@@ -98,6 +98,9 @@ class Registration:
         self._sleep = sleep
         self._leases: Leases | None = None
         self._lost = asyncio.Event()
+        self._relocated = False
+        self._left: set[str] = set()
+        """Endpoints that this node had since it was started: a record with them is no other machine's."""
 
     @property
     def prefixes(self) -> tuple[Network, ...]:
@@ -112,8 +115,16 @@ class Registration:
         """These it is to be and no others: pods have their addresses from them."""
         self._record = replace(self._record, prefixes=prefixes)
 
+    def relocate(self, endpoints: tuple[Address, ...]) -> None:
+        """This node is at these now: `keep` tells the others at once."""
+        self._left |= set(map(str, self._record.endpoints))
+        self._record = replace(self._record, endpoints=endpoints)
+        self._relocated = True
+        self._lost.set()
+
     async def register(self) -> None:
         """Put the record and the claims there. EtcdError, or ClaimError if they cannot be ours."""
+        self._relocated = False
         asked_at = self._clock()
         leases = Leases(
             record=await self._client.grant(self._terms.lease_seconds),
@@ -124,7 +135,8 @@ class Registration:
         for _ in range(RACES):
             if await self._claim(leases):
                 self._leases = leases
-                self._lost.clear()
+                if not self._relocated:  # Else what was put is out of date, and `keep` puts it again.
+                    self._lost.clear()
                 return
         raise EtcdError(f"{RACES} times others took a prefix first")
 
@@ -151,7 +163,7 @@ class Registration:
             conditions.append(NothingSince(f"{self._root}{CLAIMS}", revision))
         if not await self._client.commit(conditions, puts):
             return False
-        self._record = record
+        self._record = replace(self._record, prefixes=prefixes)
         return True
 
     @property
@@ -182,7 +194,8 @@ class Registration:
     def _refuse_others(
         self, mine: KeyValue | None, prefixes: Sequence[Network], claims: Sequence[KeyValue]
     ) -> None:
-        if mine is not None and (others := _endpoints(mine.value) - set(map(str, self._record.endpoints))):
+        ours = self._left | set(map(str, self._record.endpoints))
+        if mine is not None and (others := _endpoints(mine.value) - ours):
             raise ClaimError(
                 f"the node id {self._record.id} is in use at {', '.join(sorted(others))}: if that is another "
                 f"machine, remove {self._record.id!r} here (node.id, or node-id in node.state_dir)"

@@ -31,6 +31,7 @@ class StaticSource:
         self._config = config
         self._path = config.discovery.file
         self._poll_seconds = poll_seconds
+        self._relocated = False
 
     async def own_prefixes(self) -> tuple[Network, ...]:
         return self._config.node.prefixes
@@ -41,17 +42,25 @@ class StaticSource:
         while True:
             await asyncio.sleep(self._poll_seconds)
             current = signature(self._path)
-            if current == seen:
+            if current == seen and not self._relocated:
                 continue
+            self._relocated = False
             # A file replaced by rename is whole. One written in place may still be growing, and half of
             # it would be valid TOML with half of the peers: wait until it rests for one interval.
-            while seen is not None and current is not None and current.inode == seen.inode:
+            while (
+                seen is not None and current is not None and current != seen and current.inode == seen.inode
+            ):
                 await asyncio.sleep(self._poll_seconds)
                 previous, current = current, signature(self._path)
                 if current == previous:
                     break
             seen = current
             yield await self._read(seen)
+
+    def relocate(self, config: Config) -> None:
+        """Nobody is told by a file; what it says is checked again."""
+        self._config = config
+        self._relocated = True
 
     async def close(self) -> None:
         """Nothing stays open."""

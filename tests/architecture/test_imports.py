@@ -77,6 +77,7 @@ PURE: dict[str, set[str]] = {
     "forwarder.peers": set(),
     "forwarder.probe": set(),
     "forwarder.reconcile": set(),
+    "forwarder.underlay": set(),
     "forwarder.control.messages": set(),
     "forwarder.names.cache": set(),
     "forwarder.names.kubernetes": set(),

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cni.netns import call_in
 from tests.netns.nodes import Node, until
 from tests.netns.pods import require_nft
+from tests.netns.transfer import Transfer, in_namespace
 from tests.netns_tools import Namespace, run
 
 pytestmark = pytest.mark.root
@@ -32,11 +30,6 @@ OVERHEAD = {4: 50, 6: 70}
 
 # linux/in.h; the socket module lacks them.
 IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0
-
-CHUNK_BYTES = 1 << 16
-CHUNK_SECONDS = 0.005
-STEP_BYTES = 2 << 20
-"""Enough to come through that the transfer surely goes on: more than the sockets' buffers hold."""
 
 
 @dataclass
@@ -108,68 +101,6 @@ def network(tun: None, netns: Callable[[], Namespace], tmp_path: Path) -> Iterat
         yield network
 
 
-class Transfer:
-    """Bytes from one pod to another over TCP, some MB/s, until the end of the `with`; then whether what
-    arrived is what was sent."""
-
-    def __init__(self, network: Network, inside: int) -> None:
-        self.arrived = 0
-        self._network, self._inside = network, inside
-        self._ending = threading.Event()
-        self._sent, self._received = sha256(), sha256()
-
-    def __enter__(self) -> Transfer:
-        one, two = self._network.pods
-        address = (INSIDE[self._inside].format(2, 10), 5001)
-        family = socket.AF_INET if self._inside == 4 else socket.AF_INET6
-        with in_namespace(two, socket.create_server, address, family=family) as server:
-            self._sender = in_namespace(one, socket.create_connection, address, 5.0)
-            self._receiver, _ = server.accept()
-        self._sender.settimeout(None)
-        self._threads = [threading.Thread(target=work) for work in (self._send, self._receive)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self._ending.set()
-        if failure[0] is not None:
-            self._sender.shutdown(socket.SHUT_RDWR)
-            self._receiver.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(20)
-        self._sender.close()
-        self._receiver.close()
-        if failure[0] is None:
-            assert self._received.digest() == self._sent.digest()
-
-    def _send(self) -> None:
-        try:
-            while not self._ending.wait(CHUNK_SECONDS):
-                chunk = os.urandom(CHUNK_BYTES)
-                self._sent.update(chunk)
-                self._sender.sendall(chunk)
-            self._sender.shutdown(socket.SHUT_WR)
-        except OSError:
-            return  # The test has failed already and closed it.
-
-    def _receive(self) -> None:
-        while data := self._receiver.recv(CHUNK_BYTES):
-            self._received.update(data)
-            self.arrived += len(data)
-
-    def goes_on(self) -> None:
-        before = self.arrived
-        until(lambda: self.arrived > before + STEP_BYTES, "the transfer", 15)
-
-
-def in_namespace(
-    namespace: Namespace, function: Callable[..., socket.socket], *args: Any, **kwargs: Any
-) -> Any:
-    with namespace.path.open() as netns:
-        return call_in(netns.fileno(), function, *args, **kwargs)
-
-
 def pod_mtu(network: Network, inside: int) -> int | None:
     """What the first pod was told of the way to the second."""
     return told_mtu(network.pods[0], INSIDE[inside].format(2, 10))
@@ -212,21 +143,26 @@ def test_tcp_goes_on_over_a_path_that_shrinks(
     one, _ = network.nodes
     assert one.ask("status")["offloads"]["uplink"]["on"] == (uplink == "on")
     prefixes = one.ask("peers")[0]["prefixes"]
-    with Transfer(network, inside) as transfer:
+    here, there = (pod.path for pod in network.pods)
+    with Transfer(here, there, INSIDE[inside].format(2, 10)) as transfer:
         transfer.goes_on()
         assert (path_mtu(one), path_routes(one), pod_mtu(network, inside)) == (None, {}, None)
         network.set_mtu(place, SHORT)
-        until(lambda: path_mtu(one) == SHORT, "the path MTU")
-        assert one.ask("peers")[0]["mtu"] == SHORT - OVERHEAD[underlay]
+        until(lambda: one.ask("peers")[0]["mtu"] == SHORT - OVERHEAD[underlay], "the peer's MTU")
         until(lambda: pod_mtu(network, inside) == SHORT - OVERHEAD[underlay], "ICMP to the pod")
-        assert path_routes(one) == dict.fromkeys(prefixes, SHORT - OVERHEAD[underlay])
+        if place == "router":
+            assert path_mtu(one) == SHORT
+            assert path_routes(one) == dict.fromkeys(prefixes, SHORT - OVERHEAD[underlay])
+            assert str(SHORT) in one.run("peers").stdout
+        else:  # All paths have it, and so has the node.
+            until(lambda: one.ask("status")["mtu"] == SHORT - OVERHEAD[underlay], "the node's MTU")
+            until(lambda: path_routes(one) == {}, "no routes for single peers")
         transfer.goes_on()
-        assert str(SHORT) in one.run("peers").stdout
 
         network.set_mtu(place, 1500)
         forget_learned(one, underlay)
-        until(lambda: path_mtu(one) is None, "the path MTU's growth")
-        until(lambda: path_routes(one) == {}, "the routes' end")
+        until(lambda: one.ask("peers")[0]["mtu"] == 1500 - OVERHEAD[underlay], "the peer's MTU's growth")
+        until(lambda: (path_mtu(one), path_routes(one)) == (None, {}), "the routes' end")
         transfer.goes_on()
 
 
@@ -246,7 +182,8 @@ def test_tcp_goes_on_over_a_path_that_drops_silently(network: Network) -> None:
     # Datagrams lie on the wire as the path sees them, and not as superframes.
     network.start(4, features=["health"], uplink="off", udp_segment=False)
     one, two = network.nodes
-    with Transfer(network, 4) as transfer:
+    here, there = (pod.path for pod in network.pods)
+    with Transfer(here, there, INSIDE[4].format(2, 10)) as transfer:
         transfer.goes_on()
         run(network.router.command(["nft", "-f", "-"]), input=BLACK_HOLE.format(SHORT))
         until(lambda: path_mtu(one) == path_mtu(two) == SHORT, "the path MTU", 30)
@@ -277,7 +214,7 @@ def udp(network: Network, inside: int) -> socket.socket:
         sock.connect((INSIDE[inside].format(2, 10), 5001))
         return sock
 
-    sock: socket.socket = in_namespace(network.pods[0], connect)
+    sock: socket.socket = in_namespace(network.pods[0].path, connect)
     return sock
 
 
@@ -293,7 +230,7 @@ def test_packets_that_may_be_fragmented_are(network: Network) -> None:
         sock.settimeout(5)
         return sock
 
-    with in_namespace(network.pods[1], receiver) as arriving, udp(network, 4) as sender:
+    with in_namespace(network.pods[1].path, receiver) as arriving, udp(network, 4) as sender:
         sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
         payload = os.urandom(1422)  # 1450 with its headers
         sender.send(payload)

@@ -125,6 +125,7 @@ STATUS: dict[str, Any] = {
     "vni": 1,
     "ports": {"geneve": 6081, "vxlan": []},
     "peers": 0,
+    "fault": None,
     "discovery": {
         "source": "static",
         "stored": False,

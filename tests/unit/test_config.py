@@ -181,6 +181,7 @@ FAULTS: list[tuple[str, str, Any, str, str]] = [
     ("cluster", "vni", True, "", VNI),
     ("cluster", "vni", "1", "", VNI),
     ("node", "endpoints", [], "", ENDPOINTS),
+    ("node", "device", "a/b", "", 'must be a network device, "auto", or ""'),
     ("node", "endpoints", ["192.0.2.1", "192.0.2.2"], "", ENDPOINTS),
     ("node", "endpoints", ["host"], "[0]", "must be an IP address"),
     ("node", "endpoints", ["127.0.0.1"], "[0]", "must be a global or private unicast address"),
@@ -264,6 +265,18 @@ def test_an_unknown_key_is_refused(extra: str, key: str, says: str) -> None:
     assert fault.key == key
     assert fault.allowed.startswith("is not a key podloom knows")
     assert says in fault.allowed
+
+
+def test_a_device_stands_for_endpoints() -> None:
+    node = {key: value for key, value in MINIMAL["node"].items() if key != "endpoints"}
+    for device in ("auto", "bond0.100", "wlan-1"):
+        parsed = config.parse(text_of({**MINIMAL, "node": {**node, "device": device}, "peer": [PEER]}))
+        assert (parsed.node.endpoints, parsed.node.device) == ((), device)
+        assert config.parse(config.render(parsed)) == parsed
+    (fault,) = faults_of(text_of({**MINIMAL, "node": {**node, "device": ""}}))
+    assert (fault.key, "node.device" in fault.allowed) == ("node.endpoints", True)
+    (fault,) = faults_of(text_of(with_key(MINIMAL, "node", "device", "eth0")))
+    assert (fault.key, fault.allowed) == ("node.device", "must be left out where node.endpoints is given")
 
 
 def test_what_is_missing_is_named() -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,36 @@ def test_a_node_that_was_cut_off_too_long_never_takes_its_prefix_back(etcd: Etcd
                 assert owner.unannounced is None
                 claim = etcd.ctl("get", "--print-value-only", "/podloom/prefixes/10.42.7.0-24")
                 assert claim == "n2\n"
+
+    asyncio.run(story())
+
+
+def test_a_node_that_moves_says_so_at_once(etcd: EtcdServer) -> None:
+    """It keeps its prefix, and its record of before is nobody else's for it."""
+
+    async def story() -> None:
+        one, two = (node_config(etcd, number, lease_seconds=30) for number in (1, 2))
+        async with following(one, two) as (mover, other):
+            await eventually(lambda: mover.unannounced is None, "the announcement")
+            await eventually(lambda: "nodes/n1" in other.said, "the node")
+            for number in (101, 102):
+                endpoints = (ip_address(f"192.0.2.{number}"),)
+                moved = replace(one, node=replace(one.node, endpoints=endpoints))
+                mover.source.relocate(moved)
+                await eventually(
+                    lambda endpoints=endpoints: other.said["nodes/n1"].endpoints == endpoints, "the news", 3.0
+                )
+            assert other.said["nodes/n1"].prefixes == mover.prefixes
+            assert mover.unannounced is None
+            announced = other.said["nodes/n1"]
+            # While it tells of one move it makes the next.
+            for number in (103, 104, 105):
+                endpoints = (ip_address(f"192.0.2.{number}"),)
+                mover.source.relocate(replace(one, node=replace(one.node, endpoints=endpoints)))
+                await asyncio.sleep(0.002)
+            await eventually(
+                lambda: other.said["nodes/n1"] == replace(announced, endpoints=endpoints), "the last", 3.0
+            )
 
     asyncio.run(story())
 

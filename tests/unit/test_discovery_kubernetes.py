@@ -231,6 +231,24 @@ def test_a_node_is_announced_and_others_are_followed(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_node_that_moves_changes_its_annotation(tmp_path: Path) -> None:
+    async def story() -> None:
+        api = api_of(node("one", "10.42.1.0/24"))
+        async with following(api, tmp_path) as one:
+            await eventually(lambda: one.unannounced is None, "the announcement")
+            before = settings(api, tmp_path)
+            moved = replace(before, node=replace(before.node, endpoints=(ip_address("192.0.2.77"),)))
+            one.source.relocate(moved)
+
+            def announced() -> bool:
+                own = api.nodes["one"]["metadata"]["annotations"]
+                return bool(own["podloom.dev/endpoints"] == "192.0.2.77")
+
+            await eventually(announced, "the new endpoint", 4.0)
+
+    asyncio.run(story())
+
+
 def test_a_node_waits_for_its_pod_cidrs(tmp_path: Path) -> None:
     async def story() -> None:
         api = api_of(node("one"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -193,3 +194,26 @@ def test_a_hundred_thousand_records_cost_no_more_than_themselves(capacity: int) 
         subject.upsert("k7", peer(9, endpoint=f"198.19.0.{turn + 1}"))
         subject.remove("k8")
     assert time.perf_counter() - began < 1.0  # some ms; trying all of them each time takes a minute
+
+
+def test_a_node_that_moves_judges_everything_by_where_it_is() -> None:
+    subject = registry()
+    here, there = "192.0.2.1", "192.0.2.9"
+    subject.replace({"a": peer(2, endpoint=there), "b": peer(3, endpoint=here), "c": peer(4)})
+    assert set(subject.records) == {"n2", "n4"}
+    assert len(reasons(subject)) == 1
+    moved = replace(LOCAL, endpoints=(ip_address(there),))
+    assert subject.relocate(moved) == {"n2": None, "n3": peer(3, endpoint=here)}
+    assert [reason.partition(":")[0] for reason in reasons(subject)] == [f'a.endpoints[0] = "{there}"']
+    # Two that changed places: the other's new word makes it whole.
+    assert subject.upsert("a", peer(2, endpoint="192.0.2.7")) == {"n2": peer(2, endpoint="192.0.2.7")}
+    assert reasons(subject) == []
+    assert subject.relocate(moved) == {}
+
+
+def test_a_node_that_moves_to_another_family_has_other_peers() -> None:
+    subject = registry()
+    subject.replace({"a": peer(2), "b": peer(3, endpoint="2001:db8::3")})
+    assert set(subject.records) == {"n2"}
+    moved = replace(LOCAL, endpoints=(ip_address("2001:db8::1"),))
+    assert subject.relocate(moved) == {"n2": None, "n3": peer(3, endpoint="2001:db8::3")}

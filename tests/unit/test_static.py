@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +178,21 @@ def test_binary_junk_and_a_directory_are_faults(tmp_path: Path) -> None:
     path.write_bytes(os.urandom(4096) + b"\xff")
     assert "UTF-8" in faults(read(main_config(path), file_exists=True))[0]
     assert "Is a directory" in faults(read(main_config(tmp_path), file_exists=True))[0]
+
+
+def test_a_node_that_moves_checks_the_file_again(tmp_path: Path) -> None:
+    path = tmp_path / "peers.toml"
+    path.write_text(peer(9))
+    before = main_config(path)
+    moved = replace(before, node=replace(before.node, endpoints=(ip_address("192.0.2.9"),)))
+    source = StaticSource(before, poll_seconds=POLL_SECONDS)
+
+    async def story(following: Next) -> None:
+        assert ids(await following()) == ["n9"]
+        source.relocate(moved)
+        (fault,) = faults(await following())
+        assert "is this node's own" in fault
+        replace_file(path, peer(5))
+        assert ids(await following()) == ["n5"]
+
+    follow(source, story)
