@@ -86,11 +86,8 @@ class Netlink:
         self, name: str, *, master: int | None = None, mtu: int | None = None, gso_max_segs: int | None = None
     ) -> None:
         """Give link `name` another bridge (its index), or another size; what is None stays."""
-        message = ifinfmsg()
-        values = {"IFLA_MASTER": master, "IFLA_MTU": mtu, "IFLA_GSO_MAX_SEGS": gso_max_segs}
-        message["attrs"] = [("IFLA_IFNAME", name)]
-        message["attrs"] += [(key, value) for key, value in values.items() if value is not None]
-        self._change(_NEWLINK, 0, message, f"change link {name}")
+        body = rtnetlink.changed_link(name, master=master, mtu=mtu, gso_max_segs=gso_max_segs)
+        self._change(rtnetlink.NEWLINK, body, f"change link {name}")
 
     def set_up(self, name: str) -> None:
         self._change(rtnetlink.NEWLINK, rtnetlink.link(name, up=True), f"set {name} up")

@@ -107,6 +107,14 @@ def veth(host: VethEnd, pod: VethEnd, pod_netns: int, bridge_index: int) -> byte
     )
 
 
+def changed_link(
+    name: str, *, master: int | None = None, mtu: int | None = None, gso_max_segs: int | None = None
+) -> bytes:
+    """The link of that name, for NEWLINK to give it what is not None."""
+    values = {_IFLA_MASTER: master, _IFLA_MTU: mtu, _IFLA_GSO_MAX_SEGS: gso_max_segs}
+    return link(name) + b"".join(_u32(kind, value) for kind, value in values.items() if value is not None)
+
+
 def isolated_port_up(name: str, alias: str) -> bytes:
     port = _attribute(_BRPORT_ISOLATED, b"\1") + _attribute(_BRPORT_MODE, b"\0")
     info = _text(_INFO_SLAVE_KIND, "bridge") + _attribute(_INFO_SLAVE_DATA | _NESTED, port)

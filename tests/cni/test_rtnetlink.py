@@ -58,6 +58,15 @@ def test_a_port_is_isolated_marked_and_up() -> None:
     assert (port.get_attr("IFLA_BRPORT_ISOLATED"), port.get_attr("IFLA_BRPORT_MODE")) == (1, 0)
 
 
+def test_a_link_gets_another_size_and_keeps_what_is_not_said() -> None:
+    message = decoded(ifinfmsg, rtnetlink.changed_link("pl0", mtu=1350, gso_max_segs=47))
+    assert (message["flags"], message["change"], message.get_attr("IFLA_IFNAME")) == (0, 0, "pl0")
+    assert (message.get_attr("IFLA_MTU"), message.get_attr("IFLA_GSO_MAX_SEGS")) == (1350, 47)
+    assert message.get_attr("IFLA_MASTER") is None
+    moved = decoded(ifinfmsg, rtnetlink.changed_link("pl0", master=7))
+    assert (moved.get_attr("IFLA_MASTER"), moved.get_attr("IFLA_MTU")) == (7, None)
+
+
 @pytest.mark.parametrize(("text", "length", "flags"), [("10.71.0.2", 32, 0), ("fd71::2", 128, 0x02)])
 def test_an_address_stands_alone(text: str, length: int, flags: int) -> None:
     message = decoded(ifaddrmsg, rtnetlink.address(9, ip_address(text)))
