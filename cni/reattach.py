@@ -1,8 +1,8 @@
 """Brings pods that run to a node that has changed under them: another MTU, or a bridge that was made anew.
 
 Where a pod lives was told by its ADD only. It is found again among the namespaces that are mounted where
-runtimes mount them and those that processes live in, by its interface: the other end of our port, with the
-addresses that are held for it.
+runtimes mount them and those that processes live in, by its interface: the other end of our port, with an
+address that is held for it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def reattach(
 
 
 def mtu_of(port: Link, before: NodeNetwork, network: NodeNetwork) -> int:
-    """The MTU of a pod's link now: the node's, unless its configuration had asked for less."""
+    """The MTU of a pod's link now: the node's, unless it has less than the node had, as it was asked for."""
     return network.mtu if port.mtu == before.mtu else min(port.mtu, network.mtu)
 
 
@@ -92,8 +92,8 @@ def _ends_of(waiting: dict[int, tuple[Record, int]], pod: Netlink) -> Iterator[L
             continue
         record, _ = waiting[link.peer]
         addresses = {address for address, _ in pod.addresses(link.index)}
-        if link.name == record.attachment.ifname and addresses.issuperset(
-            lease.address for lease in record.leases
+        if link.name == record.attachment.ifname and any(
+            lease.address in addresses for lease in record.leases
         ):
             yield link
 

@@ -27,6 +27,9 @@ log = logging.getLogger("podloom")
 SETTLE_SECONDS: Final = 0.1
 """From a change until it is looked at: changes seldom come alone."""
 
+LOOK_PAUSES: Final = 5
+"""As many times as long as a look took, there is no other: thousands of routes take a while to read."""
+
 RECHECK_SECONDS: Final = 30.0
 """A look without a reason: the kernel forgets to tell when it has too much to tell."""
 
@@ -62,7 +65,7 @@ class Upkeep:
         self._moved, self._attach, self._on_failure = moved, attach, on_failure
         self._looking = asyncio.Lock()
         self._mended_at = float("-inf")
-        self._mending: asyncio.Task[None] | None = None
+        self._mending: set[asyncio.Task[None]] = set()
         self._fault: str | None = None
         marks = (wiring.router_mac, *(address.packed for address in VIRTUAL_ROUTER.values()))
         self._events = LinkEvents(marks)
@@ -83,7 +86,9 @@ class Upkeep:
             while True:
                 await self._events.wait(TRY_AGAIN_SECONDS if self._fault else RECHECK_SECONDS)
                 await asyncio.sleep(SETTLE_SECONDS)
+                began = time.monotonic()
                 await self.look()
+                await asyncio.sleep(LOOK_PAUSES * (time.monotonic() - began))
 
     async def reconfigure(self, config: Config) -> None:
         """Go by this configuration from now on."""
@@ -107,6 +112,8 @@ class Upkeep:
     async def _look(self) -> None:
         fault: Exception | None = None
         resized = False
+        # A module that somebody loads changes what bridges do.
+        self._wiring = replace(self._wiring, bridge_netfilter=links.bridge_netfilter())
         try:
             resized = await self._follow_host()
         except (UnderlayError, DataPlaneError) as error:
@@ -123,12 +130,13 @@ class Upkeep:
 
     def close(self) -> None:
         """Mend nothing any more."""
-        if self._mending is not None:
-            self._mending.cancel()
+        for task in self._mending:
+            task.cancel()
 
     def mend(self, error: Exception) -> None:
         """The data plane stopped by this error: open its TAP again if that is gone, or else fail by it."""
-        self._mending = asyncio.create_task(self._mend(error))
+        self._mending.add(task := asyncio.create_task(self._mend(error)))
+        task.add_done_callback(self._mending.discard)
 
     async def _mend(self, error: Exception) -> None:
         now, before = time.monotonic(), self._mended_at
