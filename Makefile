@@ -6,11 +6,11 @@ PYTHON := $(VENV)/bin/python
 PATH   := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PATH
 
-# What a build and the demo need, and what the tests add: real peers (Open vSwitch), a second
+# What a build and the demo need, and what the tests add: real peers (Open vSwitch, BIRD), a second
 # opinion on the wire (tshark), and tools that look from outside.
 APT_RUN  := gcc libc6-dev linux-libc-dev nftables python3-dev python3-venv
-APT_TEST := containernetworking-plugins etcd-client etcd-server ethtool git iproute2 iputils-ping openssl openvswitch-switch \
-            patchelf strace tcpdump tshark
+APT_TEST := bird2 containernetworking-plugins etcd-client etcd-server ethtool git iproute2 iputils-ping openssl \
+            openvswitch-switch patchelf strace tcpdump tshark
 
 # Real callers of the plugin, and the control planes it runs under.
 APT_E2E  := busybox-static conntrack containerd containernetworking-plugins etcd-client etcd-server iptables \

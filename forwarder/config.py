@@ -22,6 +22,7 @@ from forwarder.health import MAX_PROBES_PER_SECOND
 from forwarder.names.options import NAMES, NamesConfig, names_example, read_services
 from forwarder.names.records import Service
 from forwarder.peers import (
+    DIRECT,
     FEATURES,
     HEALTH,
     OPTION_BYTES,
@@ -48,7 +49,18 @@ from forwarder.toml_values import (
 from forwarder.underlay import AUTO
 
 DEFAULT_PATH: Final = Path("/etc/podloom/podloom.toml")
-SECTIONS: Final = ("cluster", "node", "tunnel", "links", "offload", "discovery", "health", "names")
+SECTIONS: Final = (
+    "cluster",
+    "node",
+    "tunnel",
+    "links",
+    "offload",
+    "underlay",
+    "bgp",
+    "discovery",
+    "health",
+    "names",
+)
 UPLINK_CHOICES: Final = ("auto", "on", "off")
 ENCAPSULATIONS: Final = ("geneve", "vxlan")
 MAX_VNI: Final = (1 << 24) - 1
@@ -127,6 +139,21 @@ class OffloadConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class UnderlayConfig:
+    direct: str = "off"
+    bfd_port: int = 4784
+
+
+@dataclass(frozen=True, slots=True)
+class BgpConfig:
+    """`include` is None where no routing daemon is told of this node's prefixes."""
+
+    include: Path | None = None
+    control_socket: Path = Path("/run/bird/bird.ctl")
+    route_protocol: int = 12
+
+
+@dataclass(frozen=True, slots=True)
 class DiscoveryConfig:
     """`urls` to `hold_seconds` are etcd's, the files' being None where there is none; `kubeconfig` to
     `compat` Kubernetes'."""
@@ -169,6 +196,8 @@ class Config:
     tunnel: TunnelConfig = field(default_factory=TunnelConfig)
     links: LinksConfig = field(default_factory=LinksConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+    underlay: UnderlayConfig = field(default_factory=UnderlayConfig)
+    bgp: BgpConfig = field(default_factory=BgpConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     names: NamesConfig = field(default_factory=NamesConfig)
@@ -192,6 +221,7 @@ class Config:
         return (
             *((REMOTE_CHECKSUM,) if self.tunnel.remote_checksum else ()),
             *((HEALTH,) if self.health.enabled else ()),
+            *((DIRECT,) if self.underlay.direct == "auto" else ()),
         )
 
     @property
@@ -225,6 +255,10 @@ def parse(text: str) -> Config:
     tunnel = read_section(TunnelConfig, _TUNNEL, _pop_table(tables, "tunnel", faults), "tunnel", faults)
     links = read_section(LinksConfig, _LINKS, _pop_table(tables, "links", faults), "links", faults)
     offload = read_section(OffloadConfig, _OFFLOAD, _pop_table(tables, "offload", faults), "offload", faults)
+    underlay = read_section(
+        UnderlayConfig, _UNDERLAY, _pop_table(tables, "underlay", faults), "underlay", faults
+    )
+    bgp = read_section(BgpConfig, _BGP, _pop_table(tables, "bgp", faults), "bgp", faults)
     discovery = read_section(
         DiscoveryConfig, _DISCOVERY, _pop_table(tables, "discovery", faults), "discovery", faults
     )
@@ -241,9 +275,13 @@ def parse(text: str) -> Config:
     defaults = cluster or ClusterConfig(()), tunnel or TunnelConfig()
     peers = _read_peers(tables, *defaults, faults)
     refuse_unknown(tables, (*SECTIONS, "peer", "service"), "", faults)
-    if not (cluster and node and tunnel and links and offload and discovery and health and names) or faults:
+    if not (cluster and node and tunnel and links and offload and underlay and bgp and discovery):
         raise ConfigError(faults)
-    config = Config(cluster, node, tunnel, links, offload, discovery, health, names, peers, services)
+    if not (health and names) or faults:
+        raise ConfigError(faults)
+    config = Config(
+        cluster, node, tunnel, links, offload, underlay, bgp, discovery, health, names, peers, services
+    )
     # What values mean together can only be judged once each is sound by itself.
     faults = [*_check_together(config), *check(config.peers, config.local)]
     if faults:
@@ -327,6 +365,7 @@ def render(config: Config) -> str:
 def example() -> str:
     """A commented file with every key; the optional ones stand at their default, commented out."""
     tunnel, links, discovery, health = TunnelConfig(), LinksConfig(), DiscoveryConfig(), HealthConfig()
+    underlay, bgp, bgp_include = UnderlayConfig(), BgpConfig(), "/etc/bird/podloom.conf"
     return f"""\
 # podloom's configuration, one file a node. What is commented out stands at its default.
 # `podloom config -c FILE` prints the effective values.
@@ -385,6 +424,23 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 # uplink: "auto" uses it where the underlay's device cuts tunnels itself, "on" wherever it works.
 {_offload_lines()}
 
+[underlay]
+# "auto" sends pods' packets without a tunnel to peers on a segment of ours whose record has the feature
+# "{DIRECT}", as it then has ours, while BFD proves that they arrive; "off" never does. It trusts everybody on
+# the segment: a packet's sender is not checked any more.
+#direct = "{underlay.direct}"
+# Of BFD, between nodes' gateway addresses; the same on every node.
+#bfd_port = {underlay.bfd_port}
+
+[bgp]
+# A file that is kept for BIRD 2, with static routes for this node's prefixes: the protocols podloom4 and
+# podloom6. Put `include "{bgp_include}";` into bird.conf, export them by BGP, and export to the
+# kernel what BGP brings. "" is none.
+#include = ""
+#control_socket = "{bgp.control_socket}"
+# Whose kernel routes are taken for peers' prefixes (rtm_protocol): 12 is BIRD's, 186 FRR's BGP.
+#route_protocol = {bgp.route_protocol}
+
 [discovery]
 # Where peers come from; the [[peer]] tables here come on top, and stand where the two disagree.
 # "static": a file of [[peer]] tables that is re-read when it changes. "etcd": nodes register themselves.
@@ -436,7 +492,7 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 #port = 6081
 #vni = 1
 # What it can do besides: "{HEALTH}" if it is podloom and its health.enabled is true, "{REMOTE_CHECKSUM}" if
-# its tunnel.remote_checksum is.
+# its tunnel.remote_checksum is, "{DIRECT}" if its underlay.direct is "auto".
 #features = []
 """
 
@@ -682,6 +738,12 @@ _OFFLOAD: Final = {
     "uplink": one_of(*UPLINK_CHOICES),
 }
 _OPTIONAL_FILE = kind_of(str, 'must be an absolute path, or ""', _optional_file)
+_UNDERLAY: Final = {"direct": one_of("auto", "off"), "bfd_port": _PORT}
+_BGP: Final = {
+    "include": _OPTIONAL_FILE,
+    "control_socket": kind_of(str, _ABSOLUTE, _directory),
+    "route_protocol": integer(5, 255),
+}
 _DISCOVERY: Final = {
     "source": one_of("static", "etcd", "kubernetes"),
     "file": kind_of(str, _ABSOLUTE, _directory),

@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
@@ -24,14 +24,18 @@ from cni.service import CniService, NodeNetwork, read_records
 from cni.store import Record, StoreError
 from forwarder import links, masquerade
 from forwarder.addresses import Address, Network, format_mac, gateway_of
+from forwarder.bgp import Speaker
 from forwarder.config import Config, load
 from forwarder.control.messages import Request
 from forwarder.control.server import ControlServer, VerbError
 from forwarder.dataplane import DataPlane, DataPlaneError
+from forwarder.direct import Direct
 from forwarder.discovery import Source, stored
 from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
 from forwarder.follower import Follower
+from forwarder.kernel_routes import RouteKeeper
+from forwarder.legs import Way
 from forwarder.links import LinkError
 from forwarder.masquerade import MasqueradeError
 from forwarder.names.service import NamesError
@@ -39,13 +43,14 @@ from forwarder.neighbourhood import Neighbourhood
 from forwarder.node import IdentityError, identify
 from forwarder.node_names import NodeNames
 from forwarder.offloads import ABOUT
-from forwarder.peers import OPTION_BYTES, check
+from forwarder.peers import OPTION_BYTES, PeerRecord, check
 from forwarder.plan import (
     CHANGEABLE,
     UNDERLAY_KEYS,
     changed_keys,
     data_plane_settings,
     device_mtus,
+    direct_settings,
     dns_result,
     inner_mtus,
     names_settings,
@@ -133,6 +138,8 @@ class Daemon:
         self._reloading = asyncio.Lock()
         self._hang_ups: set[asyncio.Task[None]] = set()
         self._names: NodeNames | None = None
+        self._direct: Direct | None = None
+        self._speaker: Speaker | None = None
 
     async def run(self) -> None:
         """Start, forward until stopped, and end as the configuration says."""
@@ -143,9 +150,10 @@ class Daemon:
             source = await self._settle()
             if source is None:
                 return
-            devices = device_mtus(self._config, await asyncio.to_thread(observe, self._config))
+            host = await asyncio.to_thread(observe, self._config)
+            devices = device_mtus(self._config, host)
             mtus = inner_mtus(self._config, devices)
-            wiring = await asyncio.to_thread(plan_wiring, self._config, mtus)
+            wiring = await asyncio.to_thread(plan_wiring, self._config, host, mtus)
             tap = await asyncio.to_thread(links.open_tap, wiring.tap, wiring.node_id, wiring.router_mac)
             stack.push_async_callback(self._remove_links, wiring)
             stack.callback(tap.close)
@@ -176,9 +184,10 @@ class Daemon:
             self._status_worker = ThreadPoolExecutor(1, thread_name_prefix="cni-status")
             stack.callback(self._status_worker.shutdown)
             for work in (self._neighbourhood.watch_paths(), self._probing.run(), self._upkeep.run()):
-                task = asyncio.create_task(work)
-                task.add_done_callback(self._fail_with)
-                stack.callback(task.cancel)
+                self._beside(stack, work)
+            if self._direct is not None:
+                self._beside(stack, self._direct.run())
+            self._tell_bird(stack, wiring)
             if self._config.names.enabled:
                 self._names = NodeNames(names_settings(self._config, wiring), self._read_pods)
                 stack.push_async_callback(self._names.close)
@@ -239,13 +248,19 @@ class Daemon:
         self, stack: AsyncExitStack, source: Source, wiring: Wiring, mtus: Mapping[int, int]
     ) -> None:
         """Follow the source, from its first word or from the peers of last time on."""
-        unsaved = asyncio.Event()
+        unsaved, keeper = asyncio.Event(), RouteKeeper(wiring)
         health = self._config.health
         self._probing = Probing(
             self._dataplane,
             interval_seconds=health.interval_seconds,
             detect_multiplier=health.detect_multiplier,
         )
+
+        def changed() -> None:
+            unsaved.set()
+            if self._direct is not None:
+                self._direct.look_soon()
+
         self._neighbourhood = Neighbourhood(
             self._config.local,
             self._config.features,
@@ -253,8 +268,12 @@ class Daemon:
             wiring,
             self._dataplane,
             self._probing,
-            changed=unsaved.set,
+            keeper,
+            changed=changed,
         )
+        settings = direct_settings(self._config, wiring)
+        if settings is not None:
+            self._direct = Direct(settings, self._neighbourhood.records, keeper, self._probing.is_down)
         self._follower = Follower(self._config, self._neighbourhood, unsaved, self._fail)
         self._follower.recall(self._kept)
         stack.push_async_callback(self._follower.save)
@@ -271,6 +290,23 @@ class Daemon:
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self._stopping.set()
+
+    def _tell_bird(self, stack: AsyncExitStack, wiring: Wiring) -> None:
+        bgp = self._config.bgp
+        if bgp.include is not None:
+            self._speaker = Speaker(bgp.include, bgp.control_socket, wiring.bridge)
+            stack.push_async_callback(self._withdraw, self._speaker)
+            self._beside(stack, self._speaker.announce(wiring.usable_prefixes))
+
+    async def _withdraw(self, speaker: Speaker) -> None:
+        if not self._config.links.keep_on_exit:
+            await speaker.withdraw()
+
+    def _beside(self, stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+        """Have it done until the end; if it fails, that is the end."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._fail_with)
+        stack.callback(task.cancel)
 
     def _fail_with(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -289,9 +325,13 @@ class Daemon:
     def _relocate(self, config: Config) -> None:
         self._config = replace(self._config, node=replace(self._config.node, endpoints=config.node.endpoints))
         self._follower.relocate(self._config)
+        if self._direct is not None:
+            self._direct.move(config.node.endpoints)
 
     def _attach_pods(self, wiring: Wiring) -> None:
         """Bring the pods there are, and those to come, to the bridge as it is now."""
+        if self._direct is not None:
+            self._direct.resize(wiring.mtu_bytes)
         for fault in self._cni.reattach(node_network(self._config, wiring)):
             log.error("%s", fault)
 
@@ -351,9 +391,9 @@ class Daemon:
             case "status":
                 return self._status()
             case "peers":
-                return self._neighbourhood.describe()
+                return self._neighbourhood.describe(self._way)
             case "drops":
-                return self._dataplane.drops()
+                return self._drops()
             case "offload":
                 return self._switch_offload(request.args)
             case "reload":
@@ -367,6 +407,15 @@ class Daemon:
                 return await self._call_cni(request.args)
         verbs = "status, peers, drops, offload, names, reload or cni"
         raise VerbError(f"verb = {request.verb!r}: must be {verbs}")
+
+    def _way(self, record: PeerRecord, prefix: Network) -> Way:
+        if self._direct is None:
+            return Way("tunnel", 'underlay.direct is "off" here')
+        return self._direct.way(record, prefix)
+
+    def _drops(self) -> dict[str, dict[str, int]]:
+        drops = self._dataplane.drops()
+        return drops if self._direct is None else {**drops, "bfd": dict(self._direct.drops)}
 
     def _switch_offload(self, args: dict[str, Any]) -> dict[str, Any]:
         name, on = args.get("name"), args.get("on")
@@ -431,6 +480,7 @@ class Daemon:
             "ports": {"geneve": config.tunnel.geneve_port, "vxlan": list(config.tunnel.vxlan_ports)},
             "peers": len(self._neighbourhood.records),
             "discovery": self._follower.describe(),
+            "bgp": None if self._speaker is None else {"fault": self._speaker.fault},
             "counters": self._dataplane.counters(),
             "offloads": {name: asdict(offload) for name, offload in self._dataplane.offloads().items()},
         }

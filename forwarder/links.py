@@ -23,6 +23,7 @@ from pyroute2 import Ethtool, IPRoute
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 from forwarder.addresses import VIRTUAL_ROUTER, Address, format_mac
+from forwarder.peers import is_inside
 from forwarder.reconcile import (
     ALIAS_PREFIX,
     ROUTE_PROTOCOL,
@@ -61,6 +62,8 @@ GONE: Final = {errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL}
 """What removing answers when another removal has taken the thing along already."""
 
 FAMILY = {4: AF_INET, 6: AF_INET6}
+
+DEFAULT_METRIC: Final = {4: None, 6: 1024}  # IP6_RT_PRIO_USER, linux/ipv6_route.h
 
 # linux/neighbour.h, linux/if_addr.h, linux/rtnetlink.h
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
@@ -239,6 +242,12 @@ def _default_routes(netlink: Any) -> Iterator[tuple[int, str]]:
             yield version, link.get("IFLA_IFNAME")
 
 
+def filters_strictly(link: str) -> bool:
+    """Whether IPv4 packets must come by the link that leads back to their source (rp_filter)."""
+    values = [(SYSCTL_ROOT / f"net/ipv4/conf/{name}/rp_filter").read_text() for name in ("all", link)]
+    return max(map(int, values)) == 1
+
+
 def _device_of(netlink: Any, endpoint: Address) -> Any:
     for message in netlink.get_addr(family=FAMILY[endpoint.version]):
         if ip_address(message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")) == endpoint:
@@ -263,14 +272,39 @@ def ensure(wiring: Wiring, routes: frozenset[Route] | None = None) -> list[Opera
     raise LinkError(f"the kernel does not keep what is set, something undoes it: {done[-1]}")
 
 
-def change_routes(operations: Iterable[PutRoute | RemoveRoute]) -> None:
-    """Perform these without reading first."""
+def own_routes(wiring: Wiring) -> frozenset[Route]:
+    """The main table's that carry our mark and are this node's: on its bridge, or for what is inside its
+    cluster's networks."""
     with _netlink() as netlink:
-        _perform_all(netlink, operations)
+        names = {message["index"]: message.get("IFLA_IFNAME") for message in netlink.get_links()}
+        return frozenset(
+            route
+            for route in _routes(netlink, names)
+            if route.protocol == ROUTE_PROTOCOL
+            and (
+                route.link == wiring.bridge
+                or any(is_inside(route.destination, cidr) for cidr in wiring.cluster_cidrs)
+            )
+        )
+
+
+def change_routes(operations: Iterable[PutRoute | RemoveRoute]) -> None:
+    """Perform these without reading first; what is refused does not keep the others from being done."""
+    faults = []
+    with _netlink() as netlink:
+        for operation in operations:
+            try:
+                _perform_all(netlink, [operation])
+            except LinkError as error:
+                faults.append(str(error))
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise LinkError(faults[0] + more)
 
 
 def remove(wiring: Wiring) -> None:
     """Take our bridge away, and with it its addresses, routes and neighbours. Others' is left alone."""
+    change_routes(RemoveRoute(route) for route in own_routes(wiring) if route.link != wiring.bridge)
     with _netlink() as netlink:
         link = _link(netlink, wiring.bridge)
         if link is not None and is_ours(link):
@@ -388,16 +422,18 @@ def _routes(netlink: Any, names: dict[int, str]) -> Iterator[Route]:
     for version, family in FAMILY.items():
         for message in netlink.get_routes(family=family, table=RT_TABLE_MAIN):
             gateway, source = message.get("RTA_GATEWAY"), message.get("RTA_PREFSRC")
-            metrics = message.get("RTA_METRICS")
+            via, metrics = message.get("RTA_VIA"), message.get("RTA_METRICS")
+            metric = message.get("RTA_PRIORITY")
             destination = message.get("RTA_DST") or ("0.0.0.0" if version == 4 else "::")
             yield Route(
                 destination=ip_network((destination, message["dst_len"])),
                 link=names.get(message.get("RTA_OIF")),
-                gateway=ip_address(gateway) if gateway else None,
+                gateway=ip_address(gateway or via["addr"]) if gateway or via else None,
                 source=ip_address(source) if source else None,
                 onlink=bool(message["flags"] & RTNH_F_ONLINK),
                 protocol=message["proto"],
                 mtu_bytes=(metrics.get("RTAX_MTU") if metrics else None) or None,
+                metric=metric if metric != DEFAULT_METRIC[version] else None,
             )
 
 
@@ -487,8 +523,12 @@ def _route(netlink: Any, route: Route) -> dict[str, Any]:
         "flags": RTNH_F_ONLINK if route.onlink else 0,
         "table": RT_TABLE_MAIN,
     }
-    if route.gateway is not None:
+    if route.metric is not None:
+        request["priority"] = route.metric
+    if route.gateway is not None and route.gateway.version == route.destination.version:
         request["gateway"] = str(route.gateway)
+    elif route.gateway is not None:
+        request["via"] = {"family": FAMILY[route.gateway.version], "addr": str(route.gateway)}
     if route.source is not None:
         request["prefsrc"] = str(route.source)
     return request

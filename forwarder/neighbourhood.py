@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
 from typing import Any, Final
 
-from forwarder import links, paths
-from forwarder.addresses import format_mac
+from forwarder import paths
+from forwarder.addresses import Network, format_mac
 from forwarder.dataplane import MAX_SLOTS, DataPlane
-from forwarder.links import LinkError
+from forwarder.kernel_routes import RouteKeeper
+from forwarder.legs import Way, describe_ways
 from forwarder.paths import Measured, Prober
 from forwarder.peers import (
     HEALTH,
@@ -30,7 +31,7 @@ from forwarder.peers import (
     tables_for,
 )
 from forwarder.probing import Probing
-from forwarder.reconcile import Operation, Wiring, wanted
+from forwarder.reconcile import Operation, Wiring
 from forwarder.registry import Delta, Registry, Said
 
 log = logging.getLogger("podloom")
@@ -50,6 +51,7 @@ class Neighbourhood:
         wiring: Wiring,
         dataplane: DataPlane,
         probing: Probing,
+        keeper: RouteKeeper,
         changed: Callable[[], None],
     ) -> None:
         """`features` are this node's; `mtus` is by the underlay's IP version the largest inner IP packet.
@@ -69,11 +71,10 @@ class Neighbourhood:
         self._next_slot = 1
         self._paths: dict[int, PeerPath] = {}
         self._short_paths: dict[str, int] = {}
-        self._routes = self._cluster_routes = wanted(wiring).routes
+        self._keeper = keeper
         self._routes_due = False
         """Whether other routes may be needed than there are: with thousands of short paths that takes a while
         to find out."""
-        self._routing = asyncio.Lock()
         self._judging = asyncio.Lock()
         """While a worker thread has the registry."""
         self._refusals: tuple[str, ...] = ()
@@ -138,8 +139,7 @@ class Neighbourhood:
 
     async def repair(self, wiring: Wiring) -> list[Operation]:
         """Bring the kernel to the wanted state, the routes among it; what had to be done."""
-        async with self._routing:
-            return await asyncio.to_thread(links.ensure, wiring, self._routes)
+        return await self._keeper.repair(wiring)
 
     def upsert(self, key: str, said: Said) -> None:
         self._take_over(self._registry.upsert(key, said))
@@ -213,20 +213,12 @@ class Neighbourhood:
 
     async def watch_paths(self) -> None:
         """Keep the fast path and the routes to what the paths carry, until cancelled."""
-        fault: str | None = None
         while True:
             endpoints = self._endpoints
             with Prober(endpoints) as prober:
                 for node_ids, pause in paths.slices(list(self._records)):
                     self._measure_paths(prober, node_ids)
-                    try:
-                        await self._route_short_paths()
-                        fault = None
-                    except LinkError as error:
-                        self._routes_due = True
-                        if str(error) != fault:
-                            fault = str(error)
-                            log.error("pods are not told what their paths carry: %s", fault)
+                    await self._route_short_paths()
                     await asyncio.sleep(pause)
                     if endpoints != self._endpoints:
                         break
@@ -263,29 +255,26 @@ class Neighbourhood:
 
     async def _route_short_paths(self) -> None:
         """Bring the kernel's routes to what the paths carry: by them it tells pods."""
-        if not self._routes_due:
-            return
-        self._routes_due = False
-        records = (self._records[node_id] for node_id in self._short_paths)
-        short = ((record, self._path_of(record)) for record in records)
-        routes = paths.routes(self._cluster_routes, paths.prefix_mtus(short, self._inner_mtu_bytes))
-        if routes != self._routes:
-            async with self._routing:
-                await asyncio.to_thread(links.change_routes, paths.changes(self._routes, routes))
-                self._routes = routes
+        if self._routes_due:
+            self._routes_due = False
+            records = (self._records[node_id] for node_id in self._short_paths)
+            short = ((record, self._path_of(record)) for record in records)
+            self._keeper.mtus = paths.prefix_mtus(short, self._inner_mtu_bytes)
+        await self._keeper.settle()
 
     def _path_of(self, record: PeerRecord) -> PeerPath:
         return self._paths[self._slots[record.id]]
 
     # What people ask
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self, way: Callable[[PeerRecord, Network], Way]) -> list[dict[str, Any]]:
         """Every peer, how it is reached and what went there, for `podloom peers`."""
-        return [self._describe(record) for record in self._records.values()]
+        return [self._describe(record, way) for record in self._records.values()]
 
-    def _describe(self, record: PeerRecord) -> dict[str, Any]:
+    def _describe(self, record: PeerRecord, way: Callable[[PeerRecord, Network], Way]) -> dict[str, Any]:
         slot = self._slots[record.id]
         path = self._paths[slot]
+        ways = {prefix: way(record, prefix) for prefix in record.prefixes}
         return {
             "id": record.id,
             "endpoint": str(path.endpoint),
@@ -298,5 +287,6 @@ class Neighbourhood:
             "health": self._probing.describe(record.id),
             "router_mac": format_mac(path.router_mac),
             "prefixes": [str(prefix) for prefix in record.prefixes],
+            **describe_ways(ways),
             "counters": dict(self._dataplane.peer_counters(slot)),
         }

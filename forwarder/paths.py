@@ -2,8 +2,8 @@
 
 Our datagrams are never fragmented, so the kernel learns from ICMP what a path carries, and keeps it for some
 minutes (RFC 1191, RFC 8201). A peer behind such a path gets its MTU in the fast path, and its prefixes get
-routes with that MTU beside the cluster's: by them the kernel tells pods to send less, and fragments what
-may be fragmented. All but `Prober` is pure.
+routes with that MTU beside the cluster's (`forwarder.routes`): by them the kernel tells pods to send less,
+and fragments what may be fragmented. All but `Prober` is pure.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Self, TypeAlias
 
 from forwarder.addresses import Address, Network
-from forwarder.peers import PeerPath, PeerRecord, is_inside
-from forwarder.reconcile import PutRoute, RemoveRoute, Route
+from forwarder.peers import PeerPath, PeerRecord
 
 LOOK_SECONDS: Final = 0.25
 """Between two looks at a peer's path: about TCP's first retransmission, so that the next one gets through."""
@@ -26,10 +25,6 @@ LOOK_PEERS: Final = 256
 
 MIN_PAUSE_SECONDS: Final = 0.05
 """After each go. From some 1,300 peers on, a look at all takes longer than LOOK_SECONDS."""
-
-MAX_PATH_ROUTES: Final = 256
-"""Prefixes with a route of their own. With more, as when our own device's MTU was lowered, the cluster's
-routes carry the least MTU of all instead."""
 
 MIN_IPV6_MTU_BYTES: Final = 1280  # RFC 8200 section 5
 
@@ -145,37 +140,3 @@ def prefix_mtus(peers: Iterable[tuple[PeerRecord, PeerPath]], mtu_bytes: int) ->
         for prefix in record.prefixes
         if prefix.version == 4 or path.mtu_bytes >= MIN_IPV6_MTU_BYTES
     }
-
-
-def routes(cluster: frozenset[Route], mtus: Mapping[Network, int]) -> frozenset[Route]:
-    """The cluster's routes, and those that give prefixes an MTU of their own."""
-    if len(mtus) > MAX_PATH_ROUTES:
-        return frozenset(replace(route, mtu_bytes=_least(route, mtus)) for route in cluster)
-    wanted = {route.destination: route for route in cluster}
-    for route in cluster:
-        for prefix, mtu_bytes in mtus.items():
-            if is_inside(prefix, route.destination):
-                wanted[prefix] = replace(route, destination=prefix, mtu_bytes=mtu_bytes)
-    return frozenset(wanted.values())
-
-
-def _least(route: Route, mtus: Mapping[Network, int]) -> int | None:
-    return min((mtu for prefix, mtu in mtus.items() if is_inside(prefix, route.destination)), default=None)
-
-
-def changes(installed: frozenset[Route], wanted: frozenset[Route]) -> tuple[PutRoute | RemoveRoute, ...]:
-    """What leads from one set of routes to the other. What is put comes first, so that no packet finds a
-    greater MTU than before and after."""
-    kept = {route.destination for route in wanted}
-    return (
-        *(PutRoute(route) for route in sorted(wanted - installed, key=_by_destination)),
-        *(
-            RemoveRoute(route)
-            for route in sorted(installed, key=_by_destination)
-            if route.destination not in kept
-        ),
-    )
-
-
-def _by_destination(route: Route) -> tuple[int, str]:
-    return route.destination.version, str(route.destination)

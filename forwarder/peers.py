@@ -25,7 +25,10 @@ REMOTE_CHECKSUM = "remote-checksum"
 HEALTH = "health"
 """Probes of the path between two nodes, as forwarder.health sends and answers them."""
 
-FEATURES = (REMOTE_CHECKSUM, HEALTH)
+DIRECT = "direct"
+"""Takes its pods' packets without a tunnel from nodes of its segment, and answers BFD."""
+
+FEATURES = (REMOTE_CHECKSUM, HEALTH, DIRECT)
 
 OPTION_BYTES = 4
 """What the Geneve option of REMOTE_CHECKSUM adds to a datagram."""

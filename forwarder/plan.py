@@ -12,6 +12,7 @@ from forwarder import links, underlay
 from forwarder.addresses import Address, Network, gateway_of
 from forwarder.config import SECTIONS, Config, DiscoveryConfig
 from forwarder.dataplane import Settings
+from forwarder.direct import Settings as DirectSettings
 from forwarder.names.settings import Settings as NamesSettings
 from forwarder.node import gateway_mac
 from forwarder.offloads import ABOUT
@@ -71,7 +72,7 @@ def pod_mtu_bytes(mtus: Mapping[int, int], families: Collection[int]) -> int:
     return max(min(mtus.values()), MIN_IPV6_MTU_BYTES if 6 in families else MIN_IPV4_MTU_BYTES)
 
 
-def plan_wiring(config: Config, mtus: Mapping[int, int]) -> Wiring:
+def plan_wiring(config: Config, host: Host, mtus: Mapping[int, int]) -> Wiring:
     """The node's place in its kernel. StartError if pods cannot live there."""
     assert config.node.id is not None  # noqa: S101 (identified)
     assert config.node.router_mac is not None  # noqa: S101
@@ -87,6 +88,7 @@ def plan_wiring(config: Config, mtus: Mapping[int, int]) -> Wiring:
         cluster_cidrs=config.cluster.cidrs,
         ipv6_available=links.ipv6_available(),
         bridge_netfilter=links.bridge_netfilter(),
+        **underlay_links(config, host),
     )
     if not wiring.usable_prefixes:
         raise StartError(
@@ -100,6 +102,32 @@ def plan_wiring(config: Config, mtus: Mapping[int, int]) -> Wiring:
             "raise the underlay's MTU or use only IPv4 prefixes"
         )
     return wiring
+
+
+def underlay_links(config: Config, host: Host) -> dict[str, Any]:
+    """Of the wiring: the links by which pods' packets may come without a tunnel, and those of them whose
+    filter would drop some."""
+    if config.underlay.direct == "off" and config.bgp.include is None:
+        return {}
+    names = tuple(
+        device.name for device in host.devices if not set(config.node.endpoints).isdisjoint(device.addresses)
+    )
+    return {"open_links": names, "strict_links": tuple(filter(links.filters_strictly, names))}
+
+
+def direct_settings(config: Config, wiring: Wiring) -> DirectSettings | None:
+    """None if nothing but the tunnel is to be used."""
+    if config.underlay.direct == "off" and config.bgp.include is None:
+        return None
+    return DirectSettings(
+        endpoints=config.node.endpoints,
+        prefixes=wiring.usable_prefixes,
+        cluster_cidrs=wiring.cluster_cidrs,
+        mtu_bytes=wiring.mtu_bytes,
+        port=config.underlay.bfd_port,
+        direct=config.underlay.direct == "auto",
+        routing_protocol=config.bgp.route_protocol if config.bgp.include else None,
+    )
 
 
 def data_plane_settings(config: Config, wiring: Wiring) -> Settings:

@@ -66,6 +66,11 @@ class Probing:
         """None for a peer that is not probed; times are `time.monotonic`'s."""
         return self._health.state(node_id, time.monotonic())
 
+    def is_down(self, node_id: str) -> bool:
+        """Whether it is probed and known not to be reached."""
+        peer = self.state(node_id)
+        return peer is not None and peer.state == State.DOWN
+
     async def run(self) -> None:
         while True:
             self._send(self._health.poll(time.monotonic()))

@@ -42,7 +42,8 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A unicast route of the main table. `mtu_bytes` is None where the link's counts."""
+    """A unicast route of the main table. `mtu_bytes` is None where the link's counts, `metric` where the
+    kernel's default does."""
 
     destination: Network
     link: str | None
@@ -51,6 +52,12 @@ class Route:
     onlink: bool
     protocol: int
     mtu_bytes: int | None = None
+    metric: int | None = None
+
+    @property
+    def key(self) -> tuple[Network, int | None]:
+        """What there can be one route of."""
+        return self.destination, self.metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,10 @@ class Wiring:
     cluster_cidrs: tuple[Network, ...]
     ipv6_available: bool
     bridge_netfilter: bool
+    open_links: tuple[str, ...] = ()
+    """The underlay's, where pods' packets come by them without a tunnel."""
+    strict_links: tuple[str, ...] = ()
+    """Of those the ones that take IPv4 packets only where the way back leads."""
 
     @property
     def usable_prefixes(self) -> tuple[Network, ...]:
@@ -171,6 +182,13 @@ def _sysctls(wiring: Wiring) -> dict[str, str]:
             f"net/ipv6/conf/{bridge}/accept_dad": "0",
             "net/ipv6/conf/all/forwarding": "1",
         }
+    for link in wiring.open_links:
+        if 4 in wiring.families:
+            values[f"net/ipv4/conf/{link}/forwarding"] = "1"
+        if 6 in wiring.families:
+            values[f"net/ipv6/conf/{link}/forwarding"] = "1"
+    # Loose: while one node sends by the tunnel already and the other does not yet, ways differ.
+    values |= {f"net/ipv4/conf/{link}/rp_filter": "2" for link in wiring.strict_links if 4 in wiring.families}
     if wiring.bridge_netfilter:
         # Pods are routed: what they send passes iptables in the IP stack anyway. br_netfilter would rewrite
         # a Service's address on the bridge already and hand the frame to the other pod's port, where
@@ -331,9 +349,9 @@ def _foreign_links(wanted: KernelState, installed: KernelState) -> Iterator[str]
 
 
 def _foreign_routes(wanted: KernelState, installed: KernelState) -> Iterator[str]:
-    destinations = {route.destination for route in wanted.routes}
+    keys = {route.key for route in wanted.routes}
     for route in sorted(installed.routes, key=_by_destination):
-        if route.destination in destinations and route.protocol != ROUTE_PROTOCOL:
+        if route.key in keys and route.protocol != ROUTE_PROTOCOL:
             yield (
                 f"route {route.destination} dev {route.link} was not made by podloom (protocol "
                 f"{route.protocol}): remove it or change cluster.cidrs"
@@ -377,14 +395,12 @@ def _satisfies(current: Link, link: Link) -> bool:
 
 
 def _stale_routes(wanted: KernelState, installed: KernelState) -> list[Route]:
-    destinations = {route.destination for route in wanted.routes}
+    keys = {route.key for route in wanted.routes}
     return sorted(
         (
             route
             for route in installed.routes
-            if route.protocol == ROUTE_PROTOCOL
-            and route.link in wanted.links
-            and route.destination not in destinations
+            if route.protocol == ROUTE_PROTOCOL and route.link in wanted.links and route.key not in keys
         ),
         key=_by_destination,
     )

@@ -18,7 +18,7 @@ from forwarder.dataplane import DataPlane, DataPlaneError
 from forwarder.link_events import LinkEvents
 from forwarder.links import LinkError
 from forwarder.neighbourhood import Neighbourhood
-from forwarder.plan import device_mtus, inner_mtus, pod_mtu_bytes, with_endpoints
+from forwarder.plan import device_mtus, inner_mtus, pod_mtu_bytes, underlay_links, with_endpoints
 from forwarder.reconcile import CreateBridge, Wiring
 from forwarder.underlay import AUTO, UnderlayError
 
@@ -160,8 +160,9 @@ class Upkeep:
             return False
         self._config, self._devices = config, devices
         mtus = inner_mtus(config, devices)
-        wiring = replace(self._wiring, mtu_bytes=pod_mtu_bytes(mtus, self._wiring.families))
-        resized, self._wiring = wiring != self._wiring, wiring
+        links_of_ours = await asyncio.to_thread(underlay_links, config, host)
+        wiring = replace(self._wiring, mtu_bytes=pod_mtu_bytes(mtus, self._wiring.families), **links_of_ours)
+        resized, self._wiring = wiring.mtu_bytes != self._wiring.mtu_bytes, wiring
         if resized:
             self._dataplane.resize(wiring.mtu_bytes)
             log.warning("pods have an MTU of %d now", wiring.mtu_bytes)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PIPE_COLUMNS: Final = 300
+PIPE_COLUMNS: Final = 400
 """What is read by `grep` must not be folded to a terminal's width."""
 
 
@@ -40,6 +40,8 @@ def _status(status: dict[str, Any]) -> list[Any]:
         ("peers", f"{status['peers']} from {discovery['source']}, {_age(discovery)}"),
     ):
         facts.add_row(name, value)
+    if status["bgp"] is not None:
+        facts.add_row("BGP", status["bgp"]["fault"] or "BIRD has this node's prefixes")
     for name, offload in status["offloads"].items():
         facts.add_row(name, "on" if offload["on"] else f"off: {offload['reason']}")
     parts: list[Any] = [facts]
@@ -65,7 +67,7 @@ def _peers(peers: list[dict[str, Any]]) -> list[Any]:
         return ["no peers"]
     any_short = any(peer["path_mtu"] is not None for peer in peers)
     path_mtu = ["path MTU"] if any_short else []
-    headings = ("peer", "endpoint", "by", "prefixes", "health", "RTT", "loss", *path_mtu)
+    headings = ("peer", "endpoint", "by", "prefixes", "path", "health", "RTT", "loss", *path_mtu)
     table = Table(*headings, "encap", "bytes", "decap", "bytes", box=None)
     for column in table.columns[5:]:
         column.justify = "right"
@@ -76,6 +78,7 @@ def _peers(peers: list[dict[str, Any]]) -> list[Any]:
             peer["endpoint"],
             f"{peer['encapsulation']} {peer['port']}",
             "\n".join(peer["prefixes"]),
+            _ways(peer),
             *_health(peer["health"]),
             *([_optional(peer["path_mtu"])] if any_short else []),
             *(
@@ -84,6 +87,13 @@ def _peers(peers: list[dict[str, Any]]) -> list[Any]:
             ),
         )
     return [table]
+
+
+def _ways(peer: dict[str, Any]) -> str:
+    """One line for all prefixes if they are reached alike, one beside each if not."""
+    if peer["path"] != "mixed":
+        return f"{peer['path']}: {peer['why']}"
+    return "\n".join(f"{way['path']}: {way['why']}" for way in peer["paths"].values())
 
 
 def _health(health: dict[str, Any]) -> tuple[Text, str, str]:

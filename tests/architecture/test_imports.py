@@ -71,12 +71,16 @@ IMPURE = {
 
 # pure module: what its one impure function (`config.load`) may use all the same
 PURE: dict[str, set[str]] = {
+    "forwarder.bfd": set(),
     "forwarder.config": {"pathlib"},
     "forwarder.health": set(),
     "forwarder.path_search": set(),
     "forwarder.peers": set(),
     "forwarder.probe": set(),
     "forwarder.reconcile": set(),
+    "forwarder.routes": set(),
+    "forwarder.rtnetlink": set(),
+    "forwarder.legs": set(),
     "forwarder.underlay": set(),
     "forwarder.control.messages": set(),
     "forwarder.names.cache": set(),

@@ -127,6 +127,7 @@ def test_status_says_what_there_is(node: Node) -> None:
         "vni": 1,
         "ports": {"geneve": 6081, "vxlan": [4789]},
         "peers": 1,
+        "bgp": None,
     }
     assert volatile["offloads"].keys() == {
         "tso",

@@ -133,6 +133,7 @@ STATUS: dict[str, Any] = {
         "fault": "peer[0].id: [links] [/bold]",
         "unannounced": "the others are not told of this node: [etcd]",
     },
+    "bgp": {"fault": "BIRD [bird.ctl] cannot be reached"},
     "counters": {
         "encap": {"received": 1234567, "forwarded": 1, "forwarded_bytes": 2},
         "decap": {"received": 0, "forwarded": 0, "forwarded_bytes": 0},
@@ -150,6 +151,7 @@ def test_status_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
         "0 from static, never known",
         "the others are not told of this node: [etcd]",
         "off: the kernel lacks it",
+        "BIRD [bird.ctl] cannot be reached",
         "the peers are not up to date: peer[0].id: [links] [/bold]",
         "1,234,567",
     ):
@@ -180,6 +182,8 @@ def test_a_long_peer_list_is_not_folded_in_a_pipe(capsys: pytest.CaptureFixture[
         "encapsulation": "geneve",
         "port": 6081,
         "prefixes": ["fd42:1234:5678:9abc::/64"],
+        "path": "tunnel",
+        "why": "2001:db8::1 is on another segment, reached by way of 2001:db8:1234:5678:9abc:def0:1234:ffff",
         "path_mtu": None,
         "health": {"state": "not probed"},
         "counters": dict.fromkeys(
@@ -190,7 +194,14 @@ def test_a_long_peer_list_is_not_folded_in_a_pipe(capsys: pytest.CaptureFixture[
     views.show("peers", [peer])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "a-node" in line]
     health = "down 2 h 0 min: nothing is heard of it"
-    for expected in (peer["id"], peer["endpoint"], "fd42:1234:5678:9abc::/64", "123,456,789,012", health):
+    for expected in (
+        peer["id"],
+        peer["endpoint"],
+        "fd42:1234:5678:9abc::/64",
+        peer["why"],
+        "123,456,789,012",
+        health,
+    ):
         assert expected in line
 
 
@@ -233,6 +244,8 @@ def test_health_for_a_person(
         "encapsulation": "geneve",
         "port": 6081,
         "prefixes": ["10.42.2.0/24"],
+        "path": "tunnel",
+        "why": "off",
         "path_mtu": None,
         "health": health,
         "counters": dict.fromkeys(("encap_packets", "encap_bytes", "decap_packets", "decap_bytes"), 0),
@@ -241,3 +254,28 @@ def test_health_for_a_person(
     shown = " ".join(capsys.readouterr().out.split())
     assert all(text in shown for text in expected)
     assert "path MTU" not in shown
+
+
+def test_ways_are_told_once_or_beside_each_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = {
+        "10.42.2.0/24": {"path": "direct", "why": "on-link by eth0"},
+        "fd42:0:0:2::/64": {"path": "tunnel", "why": "no endpoint"},
+    }
+    mixed: dict[str, Any] = {
+        "id": "n2",
+        "endpoint": "192.0.2.2",
+        "encapsulation": "geneve",
+        "port": 6081,
+        "prefixes": list(ways),
+        "path": "mixed",
+        "paths": ways,
+        "path_mtu": None,
+        "health": {"state": "not probed"},
+        "counters": dict.fromkeys(("encap_packets", "encap_bytes", "decap_packets", "decap_bytes"), 0),
+    }
+    alike = mixed | {"id": "n3", "path": "bgp", "why": "a route"}
+    views.show("peers", [mixed, alike])
+    _, first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert ("10.42.2.0/24" in first, "direct: on-link by eth0" in first) == (True, True)
+    assert ("fd42:0:0:2::/64" in second, "tunnel: no endpoint" in second) == (True, True)
+    assert ("bgp: a route" in third, "bgp" in fourth) == (True, False)

@@ -22,7 +22,7 @@ from forwarder.config import (
     TunnelConfig,
 )
 from forwarder.faults import ConfigError, Fault
-from forwarder.peers import PeerRecord
+from forwarder.peers import DIRECT, PeerRecord
 
 MINIMAL: dict[str, Any] = {
     "cluster": {"cidrs": ["10.42.0.0/16", "fd42::/48"]},
@@ -223,6 +223,12 @@ FAULTS: list[tuple[str, str, Any, str, str]] = [
     ("peer", "id", "-b", "", NODE_ID),
     ("peer", "port", 70000, "", PORT),
     ("peer", "encapsulation", "gre", "", ENCAPSULATION),
+    ("underlay", "direct", "on", "", 'must be "auto" or "off"'),
+    ("underlay", "direct", True, "", 'must be "auto" or "off"'),
+    ("underlay", "bfd_port", 0, "", PORT),
+    ("bgp", "include", "podloom.conf", "", 'must be an absolute path, or ""'),
+    ("bgp", "control_socket", "", "", "must be an absolute path"),
+    ("bgp", "route_protocol", 4, "", "must be an integer from 5 to 255"),
     ("peer", "encapsulation", ["geneve"], "", ENCAPSULATION),
     ("peer", "vni", -1, "", VNI),
     ("peer", "endpoints", ["192.0.2.1"], "[0]", "is this node's own; must be another node's address"),
@@ -327,6 +333,12 @@ def test_absurd_nesting_is_refused_not_fatal() -> None:
 def test_vxlan_needs_a_port() -> None:
     (fault,) = faults_of(text_of({**MINIMAL, "tunnel": {"encapsulation": "vxlan", "vxlan_ports": []}}))
     assert str(fault).startswith("tunnel.vxlan_ports = []: must hold a port")
+
+
+def test_a_node_announces_what_it_can_do() -> None:
+    assert DIRECT not in config.parse(text_of(MINIMAL)).features
+    direct = config.parse(text_of({**MINIMAL, "underlay": {"direct": "auto"}}))
+    assert DIRECT in direct.features
 
 
 def test_a_file_that_cannot_be_read_is_a_fault(tmp_path: Path) -> None:

@@ -6,24 +6,20 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from forwarder.addresses import VIRTUAL_ROUTER, Network
+from forwarder.addresses import Network
 from forwarder.paths import (
     LOOK_PEERS,
     LOOK_SECONDS,
     MAX_NAMED,
-    MAX_PATH_ROUTES,
     MIN_PAUSE_SECONDS,
     Measured,
     Prober,
-    changes,
     learn,
     news,
     prefix_mtus,
-    routes,
     slices,
 )
 from forwarder.peers import PeerPath, PeerRecord, SetPath, diff, tables_for
-from forwarder.reconcile import ROUTE_PROTOCOL, PutRoute, RemoveRoute, Route
 
 DEVICE_MTUS = {4: 1500, 6: 1500}
 MTUS = {4: 1450, 6: 1430}
@@ -50,23 +46,6 @@ def path(number: int, mtu_bytes: int) -> PeerPath:
         port=6081,
         mtu_bytes=mtu_bytes,
     )
-
-
-def cluster_route(cidr: str, source: str) -> Route:
-    destination = ip_network(cidr)
-    return Route(
-        destination=destination,
-        link="loom0",
-        gateway=VIRTUAL_ROUTER[destination.version],
-        source=ip_address(source),
-        onlink=True,
-        protocol=ROUTE_PROTOCOL,
-    )
-
-
-CLUSTER4 = cluster_route("10.42.0.0/16", "10.42.1.1")
-CLUSTER6 = cluster_route("fd42::/48", "fd42:0:0:1::1")
-CLUSTER = frozenset({CLUSTER4, CLUSTER6})
 
 
 def networks(mtus: Mapping[str, int]) -> dict[Network, int]:
@@ -141,43 +120,6 @@ def test_prefixes_of_short_paths_get_their_mtu() -> None:
 def test_a_path_that_leaves_pods_their_mtu_needs_no_route() -> None:
     """As over IPv4, with an IPv6 underlay besides that made the pods' MTU smaller."""
     assert prefix_mtus([(record(2, "10.42.2.0/24"), path(2, 1440))], 1430) == {}
-
-
-def test_routes_stand_beside_the_clusters() -> None:
-    assert routes(CLUSTER, {}) == CLUSTER
-    assert routes(CLUSTER, networks({"10.42.2.0/24": 1350, "fd42:0:0:2::/64": 1290})) == CLUSTER | {
-        replace(CLUSTER4, destination=ip_network("10.42.2.0/24"), mtu_bytes=1350),
-        replace(CLUSTER6, destination=ip_network("fd42:0:0:2::/64"), mtu_bytes=1290),
-    }
-
-
-def test_a_prefix_without_a_cluster_route_gets_none() -> None:
-    """A host without IPv6 has no such route, and its peers may have IPv6 prefixes."""
-    only4 = frozenset({CLUSTER4})
-    assert routes(only4, networks({"fd42:0:0:2::/64": 1350})) == only4
-
-
-def test_a_prefix_that_is_a_cluster_cidr_changes_its_route() -> None:
-    assert routes(CLUSTER, networks({"10.42.0.0/16": 1350})) == {replace(CLUSTER4, mtu_bytes=1350), CLUSTER6}
-
-
-def test_very_many_short_paths_take_no_more_routes() -> None:
-    many = {ip_network((0x0A2A0000 + (index << 4), 28)): 1300 + index for index in range(MAX_PATH_ROUTES)}
-    assert len(routes(CLUSTER, many)) == len(CLUSTER) + MAX_PATH_ROUTES
-    many[ip_network("10.42.255.0/28")] = 1299
-    assert routes(CLUSTER, many) == {replace(CLUSTER4, mtu_bytes=1299), CLUSTER6}
-
-
-def test_routes_are_put_before_others_go() -> None:
-    prefix = replace(CLUSTER4, destination=ip_network("10.42.2.0/24"), mtu_bytes=1350)
-    lower = replace(prefix, mtu_bytes=1300)
-    whole = replace(CLUSTER4, mtu_bytes=1300)
-    assert changes(CLUSTER, CLUSTER) == ()
-    assert changes(CLUSTER, CLUSTER | {prefix}) == (PutRoute(prefix),)
-    assert changes(CLUSTER | {prefix}, CLUSTER | {lower}) == (PutRoute(lower),)
-    assert changes(CLUSTER | {prefix}, CLUSTER) == (RemoveRoute(prefix),)
-    assert changes(CLUSTER | {prefix}, frozenset({whole, CLUSTER6})) == (PutRoute(whole), RemoveRoute(prefix))
-    assert changes(frozenset({whole, CLUSTER6}), CLUSTER) == (PutRoute(CLUSTER4),)
 
 
 @pytest.mark.parametrize(
