@@ -37,6 +37,7 @@ from forwarder.faults import ConfigError, Fault
 SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 NODES: Final = "/api/v1/nodes"
 PAGE: Final = 500
+ABSENT: Final = 404
 GONE: Final = 410
 STRATEGIC_MERGE: Final = "application/strategic-merge-patch+json"
 
@@ -45,6 +46,10 @@ KUBECONFIG: Final = "discovery.kubeconfig"
 
 class KubeError(RuntimeError):
     """The API server could not be asked or refused; the text says why."""
+
+
+class AbsentError(KubeError):
+    """There is nothing of that name, or the server is of another version."""
 
 
 class GoneError(RuntimeError):
@@ -186,7 +191,8 @@ def _check(item: Any, *, named: bool = True) -> None:
 
 def _error_of(status: Mapping[str, Any]) -> Exception:
     text = str(status.get("message") or f"status {status.get('code')}")
-    return GoneError(text) if status.get("code") == GONE else KubeError(text)
+    kinds: dict[Any, type[Exception]] = {ABSENT: AbsentError, GONE: GoneError}
+    return kinds.get(status.get("code"), KubeError)(text)
 
 
 def access_by(kubeconfig: Path | None) -> Access:

@@ -10,8 +10,8 @@ from contextlib import aclosing
 from typing import Any, Final
 
 from forwarder.discovery.backoff import Backoff
-from forwarder.discovery.kube_client import GoneError, KubeClient, KubeError
-from forwarder.names.kubernetes import SERVICES_PATH, SLICES_PATH, ServiceTable
+from forwarder.discovery.kube_client import AbsentError, GoneError, KubeClient, KubeError
+from forwarder.names.kubernetes import OLD_SLICES_PATH, SERVICES_PATH, SLICES_PATH, ServiceTable
 from forwarder.names.records import Change
 
 WATCH_SECONDS: Final = 45
@@ -40,6 +40,7 @@ class KubeServices:
         self._watch_seconds = watch_seconds
         self._clock, self._sleep = clock, sleep
         self._table = ServiceTable()
+        self._slices_path = SLICES_PATH
         self._refused: dict[str, str] = {}
         self._said = ""
 
@@ -47,26 +48,38 @@ class KubeServices:
         """List both and watch both from there on, for ever; list again when the API has forgotten."""
         backoff = Backoff()
         while True:
+            began = self._clock()
             try:
                 services, slices = await self._list()
-                backoff.reset()
+                began = self._clock()
                 async with asyncio.TaskGroup() as watches:
                     watches.create_task(self._watch(SERVICES_PATH, services, self._table.service_changed))
-                    watches.create_task(self._watch(SLICES_PATH, slices, self._table.slice_changed))
+                    watches.create_task(self._watch(self._slices_path, slices, self._table.slice_changed))
             except* GoneError:
                 pass
             except* KubeError as errors:
                 self._log(f"the names of services are not up to date: {errors.exceptions[0]}")
+            if self._clock() - began >= HASTY_SECONDS:
+                backoff.reset()  # What was listed lasted; one that forgets at once is not asked faster.
             await self._sleep(backoff.next())
 
     async def _list(self) -> tuple[str, str]:
         # The slices first: a service of the second list is then not without those it had in the first.
-        slices, slices_version = await self._client.objects(SLICES_PATH)
+        slices, slices_version = await self._list_slices()
         services, services_version = await self._client.objects(SERVICES_PATH)
         # In a thread: ten thousand of each are a second of reading.
         self._tell(await asyncio.to_thread(self._table.replace, services, slices))
         self._tell_refused()
         return services_version, slices_version
+
+    async def _list_slices(self) -> tuple[list[dict[str, Any]], str]:
+        """In the version that the server has, which may change while we run."""
+        self._slices_path = SLICES_PATH
+        try:
+            return await self._client.objects(self._slices_path)
+        except AbsentError:
+            self._slices_path = OLD_SLICES_PATH
+            return await self._client.objects(self._slices_path)
 
     async def _watch(
         self, collection: str, version: str, changed: Callable[[str, Mapping[str, Any]], Change]
@@ -84,6 +97,8 @@ class KubeServices:
                             self._tell(changed(event, one))
                             self._tell_refused()
                 self._said = ""
+            except AbsentError as error:  # The server is of another version since.
+                raise GoneError(str(error)) from None
             except (KubeError, LookupError, TypeError, ValueError) as error:  # an object may be anything
                 self._log(f"the names of services are not up to date: {error}")
             if self._clock() - began >= HASTY_SECONDS:

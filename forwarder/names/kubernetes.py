@@ -16,6 +16,8 @@ from forwarder.names.records import Endpoint, Key, Port, Put, Remove, Replace, S
 SERVICE_LABEL: Final = "kubernetes.io/service-name"
 SERVICES_PATH: Final = "/api/v1/services"
 SLICES_PATH: Final = "/apis/discovery.k8s.io/v1/endpointslices"
+OLD_SLICES_PATH: Final = "/apis/discovery.k8s.io/v1beta1/endpointslices"
+"""Before Kubernetes 1.21. What is read here of a slice is the same in both."""
 
 Name = tuple[str, str]
 """Namespace and name."""
@@ -40,7 +42,7 @@ class ServiceTable:
         for one in slices:
             self._take_slice(one)
         for one in services:
-            self._services[_name_of(one)] = one
+            self._services[_name_of(one)] = _needed(one)
         found = (self._service(name) for name in self._services)
         return Replace(tuple(service for service in found if service is not None))
 
@@ -51,7 +53,7 @@ class ServiceTable:
             self._services.pop(name, None)
             self.refused.pop(f"service/{'/'.join(name)}", None)
             return Remove((Key("service", *name),))
-        self._services[name] = one
+        self._services[name] = _needed(one)
         return self._put(name)
 
     def slice_changed(self, event: str, one: Mapping[str, Any]) -> Put:
@@ -130,6 +132,12 @@ def read_service(one: Mapping[str, Any], backends: Iterable[_Backend]) -> Servic
     unready_too = _get(spec, "publishNotReadyAddresses", bool, False)
     endpoints = tuple(dict.fromkeys(endpoint for endpoint, ready in backends if ready or unready_too))
     return Service(name, namespace, ports=ports, endpoints=endpoints)
+
+
+def _needed(one: Mapping[str, Any]) -> dict[str, Any]:
+    """What is read of a Service; most of one's bytes are who changed what in it, and are not kept."""
+    namespace, name = _name_of(one)
+    return {"metadata": {"namespace": namespace, "name": name}, "spec": one.get("spec")}
 
 
 def _backends(one: Mapping[str, Any]) -> Iterable[_Backend]:

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from forwarder.discovery.kube_client import KubeClient, from_kubeconfig
 from forwarder.names.kube_services import KubeServices
-from forwarder.names.kubernetes import SERVICES_PATH, SLICES_PATH
+from forwarder.names.kubernetes import OLD_SLICES_PATH, SERVICES_PATH, SLICES_PATH
 from forwarder.names.records import Change
 from forwarder.names.zone import Zone
 from tests.kube_api import KubeApi
@@ -26,7 +26,8 @@ NAME = "db-0.db.shop.svc.cluster.local"
 class ServiceApi:
     """Two collections on one address."""
 
-    def __init__(self) -> None:
+    def __init__(self, slices_path: str = SLICES_PATH) -> None:
+        self.slices_path = slices_path
         self.services, self.slices = KubeApi(), KubeApi()
         self.forbidden = False
         self.requests = 0
@@ -35,7 +36,7 @@ class ServiceApi:
     async def start(self, port: int = 0) -> None:
         app = web.Application(middlewares=[self._check])
         app.router.add_get(SERVICES_PATH, self.services._list)
-        app.router.add_get(SLICES_PATH, self.slices._list)
+        app.router.add_get(self.slices_path, self.slices._list)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port)
@@ -92,7 +93,12 @@ class Names:
                 await self._told.wait()
 
 
-def story(tmp_path: Path, tell: Callable[[ServiceApi, Names], Awaitable[None]], seconds: int = 30) -> None:
+def story(
+    tmp_path: Path,
+    tell: Callable[[ServiceApi, Names], Awaitable[None]],
+    seconds: int = 30,
+    slices_path: str = SLICES_PATH,
+) -> None:
     @asynccontextmanager
     async def following(api: ServiceApi, names: Names) -> AsyncIterator[None]:
         client = KubeClient(from_kubeconfig(api.services.kubeconfig(tmp_path / "kubeconfig")))
@@ -107,7 +113,7 @@ def story(tmp_path: Path, tell: Callable[[ServiceApi, Names], Awaitable[None]], 
             await client.close()
 
     async def run() -> None:
-        api, names = ServiceApi(), Names()
+        api, names = ServiceApi(slices_path), Names()
         await api.services.put(HEADLESS)
         await api.slices.put(endpoint_slice("db-a", "db", READY))
         await api.start()
@@ -146,6 +152,31 @@ def test_watches_that_end_go_on_where_they_were(tmp_path: Path) -> None:
         assert len(names.changes) == 2, "nothing was listed again"
 
     story(tmp_path, tell, seconds=1)
+
+
+def test_a_server_of_another_version_is_understood_and_so_is_its_upgrade(tmp_path: Path) -> None:
+    """Kubernetes 1.20 has EndpointSlices in v1beta1 only, 1.25 in v1 only."""
+
+    async def tell(api: ServiceApi, names: Names) -> None:
+        await api.slices.put(MOVED)
+        await names.until(["10.42.2.9"])
+        await api.stop()
+        api.slices_path = SLICES_PATH
+        await api.slices.put(endpoint_slice("db-a", "db", {**READY, "addresses": ["10.42.3.9"]}))
+        await api.start(api.port)
+        await names.until(["10.42.3.9"])
+
+    story(tmp_path, tell, slices_path=OLD_SLICES_PATH)
+
+
+def test_a_server_that_forgets_at_once_is_not_listed_in_a_hot_loop(tmp_path: Path) -> None:
+    async def tell(api: ServiceApi, names: Names) -> None:
+        api.slices._oldest = 1 << 30
+        asked = api.requests
+        await asyncio.sleep(2)
+        assert api.requests - asked < 40
+
+    story(tmp_path, tell)
 
 
 def test_what_was_forgotten_is_listed_again(tmp_path: Path) -> None:
