@@ -18,6 +18,10 @@ PROTOCOLS: Final = ("tcp", "udp", "sctp")
 
 MAX_NAME_CHARACTERS: Final = 253  # RFC 1035 section 2.3.4, as text without the final dot
 
+MAX_RRS: Final = 1 << 16
+"""Of one record: every named port of a headless service makes one with every backend, and whoever may make
+services may give one ten thousand of both."""
+
 LABEL_PATTERN: Final = r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 NAME_PATTERN: Final = rf"{LABEL_PATTERN}(\.{LABEL_PATTERN})*"
 PORT_NAME_PATTERN: Final = r"[A-Za-z0-9]([A-Za-z0-9-]{0,13}[A-Za-z0-9])?"  # RFC 6335 section 5.1
@@ -113,8 +117,18 @@ Change: TypeAlias = Replace | Put | Remove
 addresses of both."""
 
 
+def rr_count(record: Record) -> int:
+    """How many resource records one record makes at most."""
+    if isinstance(record, Pod):
+        return (2 + len(record.aliases)) * len(record.addresses)
+    backends = sum(len(endpoint.addresses) for endpoint in record.endpoints)
+    return len(record.ports) * max(backends, 1) + 3 * backends + 2 * len(record.cluster_ips)
+
+
 def refusal(record: Record, domain: str) -> str:
     """Why a record cannot be in the DNS: what, its value and what is allowed; empty if it can."""
+    if (count := rr_count(record)) > MAX_RRS:
+        return f"it makes {count} resource records, and must make at most {MAX_RRS}"
     for what, text, pattern, allowed in _texts(record):
         if not re.fullmatch(pattern, text):
             return f"{what} {text[:80]!r} must be {allowed}"

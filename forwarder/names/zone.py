@@ -18,6 +18,9 @@ SCHEMA_VERSION: Final = "1.1.0"
 TTL_SECONDS: Final = 5
 """Short, since pods move; a client that asks again costs little here. CoreDNS has the same default."""
 
+MAX_RRS: Final = 500_000
+"""In all: some 200 MB."""
+
 MAX_ALIASES: Final = 8
 """CNAMEs followed within the zone: more is a loop, or as good as one."""
 
@@ -58,9 +61,11 @@ class Zone:
         addresses: Sequence[Address],
         networks: Sequence[Network] = (),
         expected: Sequence[str] = (),
+        max_rrs: int = MAX_RRS,
     ) -> None:
         """`addresses` are the resolver's own. Until all `expected` sources have been heard, nothing is said
-        not to exist."""
+        not to exist. There are at most `max_rrs` resource records."""
+        self._count, self._max_rrs = 0, max_rrs
         self.domain = domain.lower().removesuffix(".")
         self._networks = tuple(networks)
         self._unheard = set(expected)
@@ -92,6 +97,8 @@ class Zone:
             case Replace(records):
                 for key in known.keys() - {record.key for record in records}:
                     self._forget(known, key)
+                if not records:
+                    del self._sources[source]  # Sources come and go with nodes.
                 return self._put(known, records)
             case Put(records):
                 return self._put(known, records)
@@ -103,6 +110,10 @@ class Zone:
                 refused.append(f"{record.key}: {reason}")
                 continue
             rrs = tuple(dict.fromkeys(rrs_of(record, self.domain)))
+            more = len(rrs) - len(known.get(record.key, ()))
+            if more > 0 and self._count + more > self._max_rrs:
+                refused.append(f"{record.key}: the zone is full with {self._count} resource records")
+                continue
             if known.get(record.key, ()) != rrs:
                 self._forget(known, record.key)
                 for rr in rrs:
@@ -120,11 +131,13 @@ class Zone:
             self._populate(rr.owner, 1)
         values = self._values.setdefault(rr.owner, {}).setdefault(rr.type, {})
         values[rr.value] = values.get(rr.value, 0) + 1
+        self._count += 1
 
     def _remove(self, rr: Rr) -> None:
         types = self._values[rr.owner]
         values = types[rr.type]
         values[rr.value] -= 1
+        self._count -= 1
         if not values[rr.value]:
             del values[rr.value]
         if not values:

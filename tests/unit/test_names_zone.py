@@ -244,6 +244,31 @@ def test_sources_add_up_and_keys_are_replaced() -> None:
     assert zone.look_up(name, "A").rcode == "NXDOMAIN"  # type: ignore[union-attr]
 
 
+def test_one_record_cannot_fill_the_memory() -> None:
+    """Ports times backends: whoever may make a Service may give it thousands of both."""
+    zone = Zone(DOMAIN, GATEWAYS)
+    ports = tuple(Port(number, f"p{number}") for number in range(1, 1001))
+    backends = tuple(Endpoint((ip_address("10.42.0.0") + number,)) for number in range(1000))
+    (refused,) = zone.apply("test", Replace((Service("bomb", ports=ports, endpoints=backends),)))
+    assert refused == ("service/default/bomb: it makes 1003000 resource records, and must make at most 65536")
+    few = Service("few", ports=ports[:10], endpoints=backends)
+    assert zone.apply("test", Replace((few,))) == []
+    assert sum(1 for _ in zone.listing()) - sum(1 for _ in Zone(DOMAIN, GATEWAYS).listing()) == 13_000
+
+
+def test_a_full_zone_takes_no_more_and_goes_on() -> None:
+    zone = Zone(DOMAIN, GATEWAYS, max_rrs=10)
+    services = [Service(f"s{number}", cluster_ips=(ip_address("10.3.0.0") + number,)) for number in range(9)]
+    refused = zone.apply("test", Replace(tuple(services)))
+    assert refused[0] == "service/default/s3: the zone is full with 10 resource records"
+    assert len(refused) == 6
+    assert values(zone.look_up(f"s2.{SVC}", "A")) == ["10.3.0.2"]
+    zone.apply("test", Remove((services[0].key,)))
+    assert zone.apply("test", Put((services[3],))) == []
+    moved = Service("s1", cluster_ips=(ip_address("10.9.0.1"),))
+    assert zone.apply("test", Put((moved,))) == [], "what is there may change"
+
+
 LONG = "a" * 63
 OWN = ip_address("10.42.1.9")
 
