@@ -28,17 +28,23 @@ _NEED_DAEMON = {"ADD": Code.TRY_AGAIN_LATER, "STATUS": Code.LIMITED_CONNECTIVITY
 class CniService:
     """Answers CNI calls on any thread; calls for the same attachment wait for each other.
 
-    `network` may be replaced at any time and holds for calls that come later; None refuses ADD.
+    `network` may be replaced at any time and holds for calls that come later; None refuses ADD, and so does
+    a fence.
     Netlink sockets open in the network namespace of the calling thread, which must be the node's.
     """
 
     def __init__(self, network: NodeNetwork | None, state_dir: Path) -> None:
         self.network = network
+        self._fence = ""
         self._state_dir = state_dir
         self._store: Store | None = None
         self._opening = threading.Lock()
         self._idle: list[Netlink] = []
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
+
+    def fence(self, reason: str) -> None:
+        """No pod may be added from now on, and why; "" for one may."""
+        self._fence = reason
 
     def close(self) -> None:
         """Close the store and the sockets; to be called when no call is under way."""
@@ -91,6 +97,8 @@ class CniService:
         network = self.network
         if network is None and request.command in _NEED_DAEMON:
             raise CniError(_NEED_DAEMON[request.command], NO_DAEMON)
+        if self._fence and request.command in _NEED_DAEMON:
+            raise CniError(_NEED_DAEMON[request.command], self._fence)
         store = self._opened_store()
         with self._netlink() as host:
             match request.command:

@@ -561,6 +561,10 @@ def _check_together(config: Config) -> Iterator[Fault]:
         yield Fault("links.tap", links.tap, "must differ from links.bridge")
     if links.uplink in (links.bridge, links.tap):
         yield Fault("links.uplink", links.uplink, "must differ from links.bridge and links.tap")
+    for index, address in enumerate(config.names.addresses):
+        if any(address in cidr for cidr in cidrs) or address in node.endpoints:
+            allowed = "must be outside cluster.cidrs and none of node.endpoints"
+            yield Fault(f"names.addresses[{index}]", address, allowed)
     yield from _check_discovery(config)
 
 

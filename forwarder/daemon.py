@@ -164,6 +164,8 @@ class Daemon:
             for operation in await asyncio.to_thread(links.ensure, wiring):
                 log.debug("%s", operation)
             await self._open_uplink(stack, wiring)
+            self._cni = CniService(node_network(self._config, wiring), self._config.node.state_dir)
+            stack.callback(self._cni.close)
             await self._meet_peers(stack, source, wiring, mtus)
             self._upkeep = Upkeep(
                 self._config,
@@ -177,8 +179,6 @@ class Daemon:
             )
             stack.callback(self._upkeep.close)
             self._dataplane.start()
-            self._cni = CniService(node_network(self._config, wiring), self._config.node.state_dir)
-            stack.callback(self._cni.close)
             self._workers = ThreadPoolExecutor(CNI_WORKERS, thread_name_prefix="cni")
             stack.callback(self._workers.shutdown)
             self._status_worker = ThreadPoolExecutor(1, thread_name_prefix="cni-status")
@@ -274,7 +274,9 @@ class Daemon:
         settings = direct_settings(self._config, wiring)
         if settings is not None:
             self._direct = Direct(settings, self._neighbourhood.records, keeper, self._probing.is_down)
-        self._follower = Follower(self._config, self._neighbourhood, unsaved, self._fail)
+        self._follower = Follower(
+            self._config, self._neighbourhood, unsaved, self._fail, on_fence=self._cni.fence
+        )
         self._follower.recall(self._kept)
         stack.push_async_callback(self._follower.save)
         await self._follower.follow(source, self._config)
@@ -327,6 +329,8 @@ class Daemon:
         self._follower.relocate(self._config)
         if self._direct is not None:
             self._direct.move(config.node.endpoints)
+        if self._names is not None:
+            self._names.relocate(self._config)
 
     def _attach_pods(self, wiring: Wiring) -> None:
         """Bring the pods there are, and those to come, to the bridge as it is now."""
@@ -377,6 +381,8 @@ class Daemon:
             self._config = config
             if self._names is not None and "services" in changed:
                 self._names.set_services(config.services)
+            if self._names is not None and any(key.startswith("discovery.") for key in changed):
+                await self._names.follow(config)
             if source is not None:
                 await self._follower.unfollow()
                 await self._follower.follow(source, config)

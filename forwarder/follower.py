@@ -29,12 +29,14 @@ with thousands of them some are always changing."""
 @dataclass(slots=True)
 class DiscoveryState:
     """What `status` shows of the source. `updated_at` is when it was heard last; `stored_at`, in Unix time,
-    is set while the peers are those kept on disk; `unannounced` says why the others are not told of us."""
+    is set while the peers are those kept on disk; `unannounced` says why the others are not told of us, and
+    `fenced` is whether no pod may be added for that reason."""
 
     updated_at: float | None = None
     stored_at: float | None = None
     trouble: str | None = None
     unannounced: str | None = None
+    fenced: bool = False
 
 
 class Follower:
@@ -46,13 +48,15 @@ class Follower:
         neighbourhood: Neighbourhood,
         unsaved: asyncio.Event,
         on_failure: Callable[[Exception], None],
+        on_fence: Callable[[str], None],
     ) -> None:
         """`unsaved` is set while other records stand than are kept. `on_failure` is called when following
-        ends by an error of ours."""
+        ends by an error of ours; `on_fence` with why no pod may be added, "" if one may."""
         self._config = config
         self._neighbourhood = neighbourhood
         self._unsaved = unsaved
         self._on_failure = on_failure
+        self._on_fence = on_fence
         self._state = DiscoveryState()
         self._following: asyncio.Task[None] | None = None
 
@@ -102,10 +106,11 @@ class Follower:
     async def _apply(self, item: Item) -> None:
         state, now = self._state, boot_seconds()
         match item:
-            case Announced(fault):
+            case Announced(fault, fenced):
                 if fault is not None and fault != state.unannounced:
                     log.error("%s", fault)
-                state.unannounced = fault
+                state.unannounced, state.fenced = fault, fenced
+                self._on_fence(fault if fault is not None and fenced else "")
                 return
             case Trouble(faults):
                 for fault in faults:
@@ -176,4 +181,5 @@ class Follower:
             "age_seconds": None if age is None else round(age, 3),
             "fault": state.trouble or "; ".join(self._neighbourhood.refusals) or None,
             "unannounced": state.unannounced,
+            "fenced": state.fenced,
         }

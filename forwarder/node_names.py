@@ -1,4 +1,4 @@
-"""The node's resolver, fed: the configuration's services, this node's pods, and a cluster's Services."""
+"""The node's resolver, fed: the configuration's services, this node's pods, and what the source says."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from forwarder.config import Config
+from forwarder.config import Config, own_record
 from forwarder.names.pods import Attached, pods_of
-from forwarder.names.records import Replace, Service
+from forwarder.names.records import Pod, Replace, Service
 from forwarder.names.service import NamesError, NameService
 from forwarder.names.settings import Settings
+
+if TYPE_CHECKING:  # with the source that needs them: aiohttp is a fifth of a daemon's memory
+    from forwarder.discovery.etcd_client import EtcdClient
+    from forwarder.discovery.kube_client import KubeClient
+    from forwarder.names.etcd_names import EtcdNames
+    from forwarder.names.etcd_publisher import PodPublisher
 
 log = logging.getLogger("podloom")
 
@@ -26,7 +32,10 @@ class NodeNames:
         self._service = NameService(settings)
         self._read_pods = read_pods
         self._pods_changed = asyncio.Event()
-        self._stack = AsyncExitStack()
+        self._stack, self._source = AsyncExitStack(), AsyncExitStack()
+        self._pods: tuple[Pod, ...] = ()
+        self._publisher: PodPublisher | None = None
+        self._client: EtcdClient | KubeClient | None = None
 
     async def start(self, config: Config) -> None:
         """NamesError if the resolver cannot be started."""
@@ -36,16 +45,48 @@ class NodeNames:
             undo.push_async_callback(self._service.close)
             await self._service.start()
             self._run(undo, self._follow_pods())
-            if config.discovery.source == "kubernetes":
+            self._stack = undo.pop_all()
+        await self.follow(config)
+
+    async def follow(self, config: Config) -> None:
+        """Take names from the configuration's source, and from the one before no more; what that said stays
+        until this one is heard."""
+        await self._source.aclose()
+        self._publisher = self._client = None
+        match config.discovery.source:
+            case "etcd":
+                self._run(self._source, self._etcd_names(config).run())
+            case "kubernetes":
                 from forwarder.discovery.kube_client import KubeClient, access_by
                 from forwarder.names.kube_services import KubeServices
 
-                client = KubeClient(access_by(config.discovery.kubeconfig))
-                undo.push_async_callback(client.close)
-                self._run(undo, KubeServices(client, partial(self._service.apply, "kubernetes")).follow())
-            self._stack = undo.pop_all()
+                client = self._client = KubeClient(access_by(config.discovery.kubeconfig))
+                self._source.push_async_callback(client.close)
+                tell = partial(self._service.apply, "kubernetes")
+                self._run(self._source, KubeServices(client, tell).follow())
+
+    def _etcd_names(self, config: Config) -> EtcdNames:
+        from forwarder.discovery.etcd import open_client, root_of
+        from forwarder.names.etcd_names import EtcdNames
+        from forwarder.names.etcd_publisher import PodPublisher
+
+        record, root = own_record(config), root_of(config.discovery)
+        client = self._client = open_client(config.discovery)
+        self._source.push_async_callback(client.close)
+        self._publisher = PodPublisher(client, root, record.id, list(map(str, record.endpoints)))
+        self._publisher.put(self._pods)
+        domain, networks = config.names.domain, config.cluster.cidrs
+        return EtcdNames(client, root, domain, networks, self._publisher, self._service.apply)
+
+    def relocate(self, config: Config) -> None:
+        """This node has the endpoints of this configuration now; connections are to be made anew."""
+        if self._publisher is not None:
+            self._publisher.relocate(list(map(str, config.node.endpoints)))
+        if self._client is not None:
+            self._client.reconnect()
 
     async def close(self) -> None:
+        await self._source.aclose()
         await self._stack.aclose()
 
     def set_services(self, services: Iterable[Service]) -> None:
@@ -72,7 +113,10 @@ class NodeNames:
         except NamesError as error:
             log.error("the names of pods are not up to date: %s", error)
         else:
-            self._service.apply("pods", Replace(pods_of(records)))
+            self._pods = pods_of(records)
+            self._service.apply("pods", Replace(self._pods))
+            if self._publisher is not None:
+                self._publisher.put(self._pods)
 
     @staticmethod
     def _run(stack: AsyncExitStack, follow: Coroutine[Any, Any, None]) -> None:

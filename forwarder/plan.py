@@ -13,6 +13,7 @@ from forwarder.addresses import Address, Network, gateway_of
 from forwarder.config import SECTIONS, Config, DiscoveryConfig
 from forwarder.dataplane import Settings
 from forwarder.direct import Settings as DirectSettings
+from forwarder.names.etcd import PODS_SOURCE, SERVICES_SOURCE
 from forwarder.names.settings import Settings as NamesSettings
 from forwarder.node import gateway_mac
 from forwarder.offloads import ABOUT
@@ -39,6 +40,14 @@ CHANGEABLE: Final = {
     *(f"offload.{name}" for name in ABOUT if name != "uplink"),
 }
 """What SIGHUP and `reload` take over while running. The rest names sockets and links that traffic uses."""
+
+
+EXPECTED: Final = {
+    "static": (),
+    "etcd": (SERVICES_SOURCE, PODS_SOURCE),
+    "kubernetes": ("kubernetes",),
+}
+"""By discovery.source, the sources of names without which nothing is said not to exist."""
 
 
 def with_prefixes(config: Config, prefixes: tuple[Network, ...]) -> Config:
@@ -86,6 +95,7 @@ def plan_wiring(config: Config, host: Host, mtus: Mapping[int, int]) -> Wiring:
         gateway_mac=gateway_mac(config.node.id),
         prefixes=config.node.prefixes,
         cluster_cidrs=config.cluster.cidrs,
+        extra_addresses=config.names.addresses if config.names.enabled else (),
         ipv6_available=links.ipv6_available(),
         bridge_netfilter=links.bridge_netfilter(),
         **underlay_links(config, host),
@@ -148,14 +158,15 @@ def data_plane_settings(config: Config, wiring: Wiring) -> Settings:
 
 
 def names_settings(config: Config, wiring: Wiring) -> NamesSettings:
-    clients = (*wiring.usable_prefixes, *config.node.endpoints, "127.0.0.0/8", "::1")
+    addresses = dns_addresses(wiring) + tuple(map(str, wiring.usable_extra_addresses))
+    clients = (*wiring.usable_prefixes, *config.node.endpoints, *addresses, "127.0.0.0/8", "::1")
     return NamesSettings(
         domain=config.names.domain,
-        addresses=dns_addresses(wiring),
+        addresses=addresses,
         networks=tuple(map(str, config.cluster.cidrs)),
         clients=tuple(map(str, clients)),
         upstream=config.names.upstream,
-        expected=("kubernetes",) if config.discovery.source == "kubernetes" else (),
+        expected=EXPECTED[config.discovery.source],
         queries_per_second=config.names.queries_per_second,
         cache_bytes=config.names.cache_bytes,
     )

@@ -75,8 +75,8 @@ class KernelState:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """One node's place in its kernel. Of a host without IPv6, or without br_netfilter loaded, nothing is
-    asked that needs it."""
+    """One node's place in its kernel. `extra_addresses` are the bridge's beside the gateways. Of a host
+    without IPv6, or without br_netfilter loaded, nothing is asked that needs it."""
 
     node_id: str
     bridge: str
@@ -93,6 +93,11 @@ class Wiring:
     """The underlay's, where pods' packets come by them without a tunnel."""
     strict_links: tuple[str, ...] = ()
     """Of those the ones that take IPv4 packets only where the way back leads."""
+    extra_addresses: tuple[Address, ...] = ()
+
+    @property
+    def usable_extra_addresses(self) -> tuple[Address, ...]:
+        return tuple(address for address in self.extra_addresses if address.version in self.families)
 
     @property
     def usable_prefixes(self) -> tuple[Network, ...]:
@@ -126,16 +131,19 @@ def wanted(wiring: Wiring) -> KernelState:
                 port={"isolated": 1, "learning": 0, "unicast_flood": 0, "mcast_flood": 0, "bcast_flood": 0},
             ),
         },
-        addresses={
-            bridge: frozenset(
-                ip_interface((gateway_of(prefix), prefix.prefixlen)) for prefix in wiring.usable_prefixes
-            )
-        },
+        addresses={bridge: frozenset(_bridge_addresses(wiring))},
         neighbours={bridge: {VIRTUAL_ROUTER[version]: router_mac for version in wiring.families}},
         fdb={tap: frozenset({router_mac})},
         routes=frozenset(_cluster_routes(wiring)),
         sysctls=_sysctls(wiring),
     )
+
+
+def _bridge_addresses(wiring: Wiring) -> Iterator[Interface]:
+    for prefix in wiring.usable_prefixes:
+        yield ip_interface((gateway_of(prefix), prefix.prefixlen))
+    for address in wiring.usable_extra_addresses:
+        yield ip_interface(address)
 
 
 def _cluster_routes(wiring: Wiring) -> Iterator[Route]:

@@ -24,7 +24,8 @@ class EtcdServer:
         """`tls` is a directory with ca.crt, it.crt and it.key, for server and clients alike."""
         if shutil.which("etcd") is None:
             pytest.skip("no etcd (Debian package etcd-server): what needs one is NOT tested in this run")
-        self._ports = free_ports(2)
+        self._ports = free_ports(3)
+        self._hidden = False
         self._name, self._directory, self._tls = name, directory, tls
         self._members: tuple[EtcdServer, ...] = (self,)
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,20 +41,29 @@ class EtcdServer:
 
     @property
     def url(self) -> str:
-        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self._ports[0]}"
+        """Where clients look for it."""
+        return self._url(self._ports[0])
+
+    def _url(self, port: int) -> str:
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{port}"
+
+    @property
+    def _client_url(self) -> str:
+        return self._url(self._ports[2]) if self._hidden else self.url
 
     @property
     def _peer_url(self) -> str:
         return f"http://127.0.0.1:{self._ports[1]}"
 
-    def start(self) -> None:
-        """Returns when it answers."""
+    def start(self, *, hidden: bool = False) -> None:
+        """Returns when it answers; only `ctl`, if it is hidden."""
+        self._hidden = hidden
         self.launch()
         self.wait_ready()
 
     def launch(self) -> None:
         words = ["--name", self._name, "--data-dir", str(self._directory / "data"), "--unsafe-no-fsync"]
-        words += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
+        words += ["--listen-client-urls", self._client_url, "--advertise-client-urls", self._client_url]
         words += ["--listen-peer-urls", self._peer_url, "--initial-advertise-peer-urls", self._peer_url]
         everyone = ",".join(f"{member._name}={member._peer_url}" for member in self._members)
         words += ["--initial-cluster", everyone]
@@ -90,7 +100,7 @@ class EtcdServer:
         return done.stdout
 
     def try_ctl(self, *words: str) -> subprocess.CompletedProcess[str]:
-        command = ["etcdctl", "--endpoints", self.url]
+        command = ["etcdctl", "--endpoints", self._client_url]
         if self._tls is not None:
             command += ["--cacert", str(self._tls / "ca.crt")]
             command += ["--cert", str(self._tls / "it.crt"), "--key", str(self._tls / "it.key")]

@@ -403,10 +403,12 @@ class Etcd:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         self._address = str(UNDERLAY["ipv4"][-2])
-        self.url = f"http://{self._address}:2379"
+        self.url = self._client_url = f"http://{self._address}:2379"
 
-    def start(self) -> None:
-        """Start it, or start it again on what it had; `wait_ready` waits until it answers."""
+    def start(self, *, hidden: bool = False) -> None:
+        """Start it, or start it again on what it had; `wait_ready` waits until it answers. While it is hidden
+        only `ctl` finds it."""
+        self._client_url = "http://127.0.0.1:2379" if hidden else self.url
         for program in ("etcd", "etcdctl"):
             if shutil.which(program) is None:
                 raise LabError(f"there is no {program}: install Debian's etcd-server and etcd-client")
@@ -416,7 +418,7 @@ class Etcd:
             ip.addr("replace", index=wire, address=self._address, prefixlen=UNDERLAY["ipv4"].prefixlen)
         self._directory.mkdir(exist_ok=True)
         command = ["etcd", "--data-dir", str(self._directory / "data"), "--unsafe-no-fsync"]
-        command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
+        command += ["--listen-client-urls", self._client_url, "--advertise-client-urls", self._client_url]
         with (self._directory / "log").open("wb") as log:
             self._process = popen(
                 self._namespace, command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -458,7 +460,7 @@ class Etcd:
     def _ctl(self, *words: str) -> tuple[int, bytes, bytes]:
         process = popen(
             self._namespace,
-            ["etcdctl", "--endpoints", self.url, *words],
+            ["etcdctl", "--endpoints", self._client_url, *words],
             env={**os.environ, "ETCDCTL_API": "3"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

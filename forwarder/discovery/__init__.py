@@ -46,9 +46,11 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """Whether the others are told of this node: `fault` says why not, and is None if they are."""
+    """Whether the others are told of this node: `fault` says why not, and is None if they are. `fenced` if
+    its prefixes are another's, or may be by now: then no pod may get an address of them any more."""
 
     fault: str | None
+    fenced: bool = False
 
 
 Item: TypeAlias = Snapshot | Upsert | Remove | Current | Trouble | Announced

@@ -14,12 +14,14 @@ from forwarder.boot_clock import boot_seconds
 from forwarder.config import Config, DiscoveryConfig, own_record, read_record, read_text
 from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Trouble, Upsert
 from forwarder.discovery.backoff import Backoff
-from forwarder.discovery.etcd_client import (
-    CompactedError,
-    Deleted,
-    EtcdClient,
-    EtcdError,
-    KeyValue,
+from forwarder.discovery.etcd_client import Deleted, EtcdClient, EtcdError, KeyValue
+from forwarder.discovery.etcd_follow import (
+    SILENCE_SECONDS,
+    Changed,
+    HeardAgain,
+    Listed,
+    Unheard,
+    follow,
 )
 from forwarder.discovery.http import tls_context
 from forwarder.discovery.registration import NODES, ClaimError, Pools, Registration, Terms
@@ -28,13 +30,6 @@ from forwarder.faults import ConfigError, Fault
 from forwarder.registry import Refusal, Said
 
 log = logging.getLogger("podloom")
-
-SILENCE_SECONDS: Final = 45.0
-"""A watch that says nothing for so long is opened again where it was: behind a firewall that forgot the
-connection it would be silent for ever."""
-
-HASTY_SECONDS: Final = 1.0
-"""A watch that ends sooner counts as a failure, so that opening it again is no hot loop."""
 
 PATIENCE_SECONDS: Final = 3.0
 """How long a start waits for etcd when the prefixes of last time are known."""
@@ -56,7 +51,7 @@ class EtcdSource:
         configuration names cannot be used."""
         discovery = config.discovery
         self._config = config
-        self._root = f"{discovery.key_prefix.rstrip('/')}/"
+        self._root = root_of(discovery)
         self._stored_prefixes = stored_prefixes
         self._silence_seconds = silence_seconds
         self._clock, self._sleep = clock, sleep
@@ -97,14 +92,19 @@ class EtcdSource:
                     return self._stored_prefixes
             await self._sleep(backoff.next())
 
-    def _say_once(self, fault: str | None) -> None:
-        if self._announced != Announced(fault):
-            self._announced = Announced(fault)
-            self._items.put_nowait(self._announced)
+    def _say_once(self, announced: Announced) -> None:
+        if self._announced != announced:
+            self._announced = announced
+            self._items.put_nowait(announced)
 
     async def watch(self) -> AsyncIterator[Item]:
         tasks = [
-            asyncio.create_task(work) for work in (self._registration.keep(self._say_once), self._follow())
+            asyncio.create_task(work)
+            for work in (
+                self._registration.keep(self._say_once),
+                self._registration.guard(self._say_once),
+                self._follow(),
+            )
         ]
         for task in tasks:
             task.add_done_callback(self._ended)
@@ -132,52 +132,32 @@ class EtcdSource:
             self._items.put_nowait(error)
 
     async def _follow(self) -> None:
-        """List, then watch from there on; again from where it was when the watch ends."""
-        backoff = Backoff()
-        revision: int | None = None
-        troubled = False
-        while True:
-            began = self._clock()
-            try:
-                if revision is None:
-                    revision = await self._list()
-                    troubled = False
-                async with aclosing(
-                    self._client.watch(self._root + NODES, revision + 1, self._silence_seconds)
-                ) as watch:
-                    async for progress in watch:
-                        if troubled:
-                            self._items.put_nowait(Current())
-                            troubled = False
-                        for change in progress.changes:
-                            self._say(change)
-                        revision = max(revision, progress.revision)
-                if self._clock() - began >= HASTY_SECONDS:
-                    backoff.reset()
-                    continue
-                fault = "the watch ended at once"
-            except CompactedError:
-                revision = None
-                fault = "changes were forgotten before they were read"
-            except EtcdError as error:
-                fault = str(error)
-                if not troubled:
-                    self._items.put_nowait(Trouble((fault,)))
-                    troubled = True
-            if self._clock() - began >= HASTY_SECONDS:
-                backoff.reset()
-            await self._sleep(backoff.next())
+        words = follow(
+            self._client,
+            self._root + NODES,
+            silence_seconds=self._silence_seconds,
+            clock=self._clock,
+            sleep=self._sleep,
+        )
+        async with aclosing(words):
+            async for word in words:
+                match word:
+                    case Listed(found):
+                        await self._say_all(found)
+                    case Changed(change):
+                        self._say(change)
+                    case Unheard(fault):
+                        self._items.put_nowait(Trouble((fault,)))
+                    case HeardAgain():
+                        self._items.put_nowait(Current())
 
-    async def _list(self) -> int:
-        """Say everything there is; the revision it is of."""
-        found, revision = await self._client.list(self._root + NODES)
+    async def _say_all(self, found: tuple[KeyValue, ...]) -> None:
         if not any(self._registration.is_ours(item) for item in found):
             self._registration.recheck()
         others = [item for item in found if item.key != self._registration.key]
         # In a thread: ten thousand records are a second of parsing.
         said = await asyncio.to_thread(read_all, self._root, others)
         self._items.put_nowait(Snapshot({**main_file_peers(self._config), **said}))
-        return revision
 
     def _say(self, change: KeyValue | Deleted) -> None:
         if change.key == self._registration.key:
@@ -188,6 +168,11 @@ class EtcdSource:
         else:
             name = name_of(self._root, change.key)
             self._items.put_nowait(Upsert(name, read_value(name, change.value)))
+
+
+def root_of(discovery: DiscoveryConfig) -> str:
+    """What all keys of the cluster begin with."""
+    return f"{discovery.key_prefix.rstrip('/')}/"
 
 
 def open_client(discovery: DiscoveryConfig) -> EtcdClient:

@@ -167,6 +167,10 @@ class EtcdClient:
         with sensible(EtcdError, self._url()):
             return int(answer["ID"])
 
+    async def revoke(self, lease: int) -> None:
+        """End a lease, and what has it."""
+        await self._ask("lease/revoke", {"ID": str(lease)})
+
     async def keep_alive(self, lease: int) -> bool:
         """Whether the lease was still there to be renewed."""
         answer = await self._ask("lease/keepalive", {"ID": str(lease)})

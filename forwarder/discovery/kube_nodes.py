@@ -6,7 +6,7 @@ Two dialects of annotations: our own, and flannel's for clusters that flannel's 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from forwarder.addresses import Network, format_mac
@@ -46,6 +46,21 @@ def network_unavailable(node: Mapping[str, Any]) -> bool:
     return any(
         item.get("type") == "NetworkUnavailable" and item.get("status") != "False" for item in conditions
     )
+
+
+def other_machine(node: Mapping[str, Any], ours: Collection[str], *, announced: bool) -> str:
+    """The endpoints of another machine that is this Node too, by its annotations; empty if none is. `ours` are
+    those that this machine has, or had.
+
+    Once we were `announced`, whoever else writes there is one. Before, what is there may be our own from
+    before a change of addresses, unless it is an address of the Node's and none of ours is."""
+    standing = annotations_of(node).get(ENDPOINTS)
+    if standing is None or set(standing.split(",")) <= set(ours):
+        return ""
+    status = node.get("status") or {}
+    addresses = {item.get("address") for item in status.get("addresses") or ()}
+    theirs = not addresses.isdisjoint(standing.split(",")) and addresses.isdisjoint(ours)
+    return standing if announced or theirs else ""
 
 
 def read_ours(node: Mapping[str, Any]) -> dict[str, Said]:

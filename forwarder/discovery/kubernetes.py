@@ -28,6 +28,7 @@ from forwarder.discovery.kube_nodes import (
     annotations_of,
     name_of,
     network_unavailable,
+    other_machine,
     pod_cidrs,
     read_flannel,
     read_ours,
@@ -75,6 +76,8 @@ class KubernetesSource:
         self._own_changed = asyncio.Event()
         self._items: asyncio.Queue[Item | BaseException] = asyncio.Queue()
         self._announced: Announced | None = None
+        self._was_announced = False
+        self._left: set[str] = set()
 
     async def own_prefixes(self) -> tuple[Network, ...]:
         """What the configuration gives, or the Node's podCIDRs. Waits until there are some, unless it is
@@ -116,6 +119,7 @@ class KubernetesSource:
 
     def relocate(self, config: Config) -> None:
         self._config = config
+        self._left |= set(map(str, self._record.endpoints))
         self._record = replace(self._record, endpoints=config.node.endpoints)
         self._own_changed.set()
         self._client.reconnect()
@@ -136,21 +140,30 @@ class KubernetesSource:
             await self._own_changed.wait()
             self._own_changed.clear()
             try:
-                fault = await self._announce()
+                announced = await self._announce()
             except (KubeError, GoneError) as error:
-                fault = f"the others are not told of this node: Node {self._name}: {error}"
+                announced = Announced(f"the others are not told of this node: Node {self._name}: {error}")
                 self._own_changed.set()
-            if self._announced != Announced(fault):
-                self._announced = Announced(fault)
-                self._items.put_nowait(self._announced)
+            if self._announced != announced:
+                self._announced = announced
+                self._items.put_nowait(announced)
             # Also after success: somebody may undo it as fast as we do it.
             await self._sleep(backoff.next())
             if not self._own_changed.is_set():
                 backoff.reset()
 
-    async def _announce(self) -> str | None:
+    async def _announce(self) -> Announced:
         if self._own is None:
-            return f"the others are not told of this node: there is no Node {self._name}"
+            return Announced(f"the others are not told of this node: there is no Node {self._name}")
+        ours = self._left | set(map(str, self._record.endpoints))
+        others = other_machine(self._own, ours, announced=self._was_announced)
+        if others and not self._flannel:
+            # Who is written there has the Node's podCIDRs; to write over each other for ever helps nobody.
+            return Announced(
+                f"the others are not told of this node, and no pods are added: {others} is Node {self._name} "
+                "too: give this machine a name of its own, or restart podloom here if that one is gone",
+                fenced=True,
+            )
         patch: dict[str, Any] = {}
         annotations = annotations_of(self._own)
         wanted = write_flannel(self._record, annotations) if self._flannel else write_ours(self._record)
@@ -160,7 +173,8 @@ class KubernetesSource:
             patch["status"] = {"conditions": [_network_available()]}
         if patch:
             await self._client.patch_status(self._name, patch)
-        return None
+        self._was_announced = True
+        return Announced(None)
 
     # The others
 

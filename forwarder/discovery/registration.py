@@ -20,6 +20,7 @@ from typing import Any, Final
 from forwarder.addresses import Address, Network
 from forwarder.boot_clock import boot_seconds
 from forwarder.config import record_table
+from forwarder.discovery import Announced
 from forwarder.discovery.backoff import Backoff
 from forwarder.discovery.etcd_client import (
     Condition,
@@ -37,6 +38,7 @@ from forwarder.peers import PeerRecord, is_inside
 NODES: Final = "nodes/"
 CLAIMS: Final = "prefixes/"
 RENEWALS_A_LEASE: Final = 3
+UNTOLD: Final = "the others are not told of this node"
 RACES: Final = 20
 """How often a claim is tried again at once because others took theirs meanwhile."""
 
@@ -97,6 +99,9 @@ class Registration:
         self._clock = clock
         self._sleep = sleep
         self._leases: Leases | None = None
+        self._held_until: float | None = None
+        self._error = "etcd does not answer"
+        self._taken = ""
         self._lost = asyncio.Event()
         self._relocated = False
         self._left: set[str] = set()
@@ -132,12 +137,21 @@ class Registration:
             renewed_at=asked_at,
             held_at=asked_at,
         )
-        for _ in range(RACES):
-            if await self._claim(leases):
-                self._leases = leases
-                if not self._relocated:  # Else what was put is out of date, and `keep` puts it again.
-                    self._lost.clear()
-                return
+        try:
+            for _ in range(RACES):
+                if await self._claim(leases):
+                    self._leases = leases
+                    self._held_until = asked_at + self._terms.hold_seconds
+                    self._taken = ""
+                    if not self._relocated:  # Else what was put is out of date, and `keep` puts it again.
+                        self._lost.clear()
+                    return
+        except ClaimError:
+            # It is tried again for as long as it takes, and etcd is not to keep a lease of each try. After
+            # an EtcdError nobody knows whether something has them.
+            for lease in (leases.record, leases.hold):
+                await self._client.revoke(lease)
+            raise
         raise EtcdError(f"{RACES} times others took a prefix first")
 
     async def _claim(self, leases: Leases) -> bool:
@@ -195,7 +209,7 @@ class Registration:
         self, mine: KeyValue | None, prefixes: Sequence[Network], claims: Sequence[KeyValue]
     ) -> None:
         ours = self._left | set(map(str, self._record.endpoints))
-        if mine is not None and (others := _endpoints(mine.value) - ours):
+        if mine is not None and (others := endpoints_of(mine.value) - ours):
             raise ClaimError(
                 f"the node id {self._record.id} is in use at {', '.join(sorted(others))}: if that is another "
                 f"machine, remove {self._record.id!r} here (node.id, or node-id in node.state_dir)"
@@ -207,10 +221,13 @@ class Registration:
             for prefix in prefixes:
                 if _overlap(prefix, other):
                     owner = item.value.decode("utf-8", "backslashreplace")
-                    raise ClaimError(f"the prefix {prefix} cannot be this node's: {owner} has {other}")
+                    raise ClaimError(
+                        f"the prefix {prefix} cannot be this node's: {owner} has {other}; restart podloom to "
+                        "take another, or correct node.prefixes"
+                    )
 
-    async def keep(self, tell: Callable[[str | None], None]) -> None:
-        """Stay registered, and `tell` after each try why we are not (None: we are). Never returns."""
+    async def keep(self, tell: Callable[[Announced], None]) -> None:
+        """Stay registered, and `tell` after each try whether we are. Never returns."""
         backoff = Backoff()
         while True:
             try:
@@ -220,13 +237,17 @@ class Registration:
                     await self._renew()
                     backoff.reset()
                 if self._leases is not None:
-                    tell(None)
+                    tell(Announced(None))
                     await self._pause()
                     continue
-            except (EtcdError, ClaimError) as error:
+            except EtcdError as error:
+                self._error = str(error)
                 if self._expired():
                     self._leases = None
-                    tell(f"the others are not told of this node: {error}")
+                    tell(self._cut_off())
+            except ClaimError as error:
+                self._taken = str(error)
+                tell(self._cut_off())
             await self._sleep(backoff.next())
 
     def recheck(self) -> None:
@@ -241,6 +262,27 @@ class Registration:
             and self._leases is not None
             and item.lease == self._leases.record
         )
+
+    async def guard(self, tell: Callable[[Announced], None]) -> None:
+        """Fence this node in time, whatever request is under way. Never returns."""
+        while True:
+            left = None if self._held_until is None else self._held_until - self._clock()
+            if left is not None and left <= 0:
+                tell(self._cut_off())
+            await self._sleep(left if left is not None and left > 0 else self._terms.lease_seconds)
+
+    def _cut_off(self) -> Announced:
+        """Why the others are not told of us, and whether our prefixes are still ours.
+
+        While etcd does not answer the claims are ours for their time; after that they may be another's.
+        By our own clock, counted from when we asked: sooner than etcd gives them away."""
+        if self._taken:
+            return Announced(f"{UNTOLD}, and no pods are added: {self._taken}", fenced=True)
+        if self._held_until is None or self._clock() < self._held_until:
+            return Announced(f"{UNTOLD}: {self._error}")
+        hold = f"{self._terms.hold_seconds} s (discovery.hold_seconds)"
+        why = f"after {hold} its prefixes may be another's: {self._error}"
+        return Announced(f"{UNTOLD}, and no pods are added: {why}", fenced=True)
 
     def _expired(self) -> bool:
         """By our own clock, counted from when we asked: never later than etcd finds."""
@@ -257,6 +299,8 @@ class Registration:
         if alive and now - leases.held_at >= self._terms.hold_seconds / RENEWALS_A_LEASE:
             alive = await self._client.keep_alive(leases.hold)
             leases = replace(leases, held_at=now)
+            if alive:
+                self._held_until = now + self._terms.hold_seconds
         self._leases = leases if alive else None
 
     async def _pause(self) -> None:
@@ -288,7 +332,8 @@ def _overlap(one: Network, other: Network) -> bool:
     return one.version == other.version and one.overlaps(other)
 
 
-def _endpoints(value: bytes) -> set[str]:
+def endpoints_of(value: bytes) -> set[str]:
+    """The endpoints in a record's value; none if it is no record."""
     try:
         return set(map(str, json.loads(value)["endpoints"]))
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -16,6 +16,7 @@ from forwarder.names.records import (
     PROTOCOLS,
     Endpoint,
     Key,
+    Pod,
     Port,
     Service,
     refusal,
@@ -37,10 +38,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class NamesConfig:
-    """`upstream` are servers as `servers.parse_server` reads them; none stands for the host's."""
+    """`addresses` are those it answers on beside the gateways'. `upstream` are servers as
+    `servers.parse_server` reads them; none stands for the host's."""
 
     enabled: bool = False
     domain: str = "cluster.local"
+    addresses: tuple[Address, ...] = ()
     upstream: tuple[str, ...] = ()
     queries_per_second: int = 1000
     cache_bytes: int = 8 << 20
@@ -56,6 +59,9 @@ def names_example() -> str:
 # upstream. Pods whose CNI configuration says nothing about DNS are told of it.
 #enabled = false
 #domain = "{names.domain}"
+# Further addresses it answers on, this node's own for that, and the same on every node: such as what kubelets
+# tell their pods (clusterDNS), if that is no Service's.
+#addresses = []
 # Servers such as "192.0.2.53", "192.0.2.53:5353" or "[2001:db8::53]:53". []: those of /etc/resolv.conf.
 #upstream = []
 # Of one pod; what is above is not answered.
@@ -89,17 +95,35 @@ def read_services(tables: dict[str, Any], domain: str, faults: list[Fault]) -> t
     services: list[Service] = []
     for index, row in enumerate(rows):
         key = f"service[{index}]"
-        service = read_section(Service, _SERVICE, row, key, faults)
+        service = read_service(row, key, domain, faults)
         if service is None:
             continue
-        reason = _conflict(service) or refusal(service, domain)
-        if reason:
-            faults.append(Fault(key, service.name, reason))
-        elif service.key in {other.key for other in services}:
+        if service.key in {other.key for other in services}:
             faults.append(Fault(key, _shown(service.key), "must not be there twice"))
         else:
             services.append(service)
     return tuple(services)
+
+
+def read_service(table: Mapping[str, Any], key: str, domain: str, faults: list[Fault]) -> Service | None:
+    """The service that one table describes; None if any value was refused."""
+    service = read_section(Service, _SERVICE, table, key, faults)
+    if service is None:
+        return None
+    if reason := _conflict(service) or refusal(service, domain):
+        faults.append(Fault(key, service.name, reason))
+        return None
+    return service
+
+
+def read_pod(table: Mapping[str, Any], key: str, domain: str, faults: list[Fault]) -> Pod | None:
+    """The same for a pod. What we do not know is left alone: a newer podloom may have written it."""
+    known = {name: value for name, value in table.items() if name in _POD}
+    pod = read_section(Pod, _POD, known, key, faults)
+    if pod is not None and (reason := refusal(pod, domain)):
+        faults.append(Fault(key, pod.name, reason))
+        return None
+    return pod
 
 
 def _conflict(service: Service) -> str:
@@ -157,9 +181,16 @@ _SERVICE: Final = {
     "ports": list_of(_table(Port, _PORT), "must be a list of tables of name, port and protocol"),
     "endpoints": list_of(_table(Endpoint, _ENDPOINT), "must be a list of tables of addresses and hostname"),
 }
+_POD: Final = {
+    "name": matching(NAME_PATTERN, "must be a DNS name"),
+    "addresses": _ADDRESSES,
+    "namespace": matching(LABEL_PATTERN, _LABEL),
+    "aliases": list_of(matching(NAME_PATTERN, "must be a DNS name"), "must be a list of DNS names"),
+}
 NAMES: Final = {
     "enabled": kind_of(bool, "must be true or false"),
     "domain": matching(NAME_PATTERN, 'must be a DNS name such as "cluster.local"'),
+    "addresses": _ADDRESSES,
     "upstream": list_of(
         kind_of(str, 'must be a server such as "192.0.2.53" or "[2001:db8::53]:5353"', _server),
         "must be a list of servers",

@@ -99,6 +99,8 @@ class NameService:
             case Remove(keys):
                 for key in keys:
                     known.pop(key, None)
+        if not known and source not in self._settings.expected:
+            del self._sources[source]  # Sources come and go with nodes.
         if self._outbox is not None:
             self._outbox.put_nowait(lines_of(source, change))
 

@@ -84,6 +84,7 @@ PURE: dict[str, set[str]] = {
     "forwarder.underlay": set(),
     "forwarder.control.messages": set(),
     "forwarder.names.cache": set(),
+    "forwarder.names.etcd": set(),
     "forwarder.names.kubernetes": set(),
     "forwarder.names.limits": set(),
     "forwarder.names.options": set(),

@@ -148,6 +148,7 @@ def test_status_says_what_there_is(node: Node) -> None:
         "stored": False,
         "fault": None,
         "unannounced": None,
+        "fenced": False,
     }
 
 

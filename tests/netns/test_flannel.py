@@ -158,9 +158,10 @@ def add_routed_pod(lab: Lab, kernel: Host) -> Station:
 
 
 @contextmanager
-def api_server(lab: Lab, file: Path) -> Iterator[None]:
-    """A Kubernetes API server on the wire."""
+def api_server(lab: Lab, file: Path) -> Iterator[str]:
+    """A Kubernetes API server on the wire; its URL."""
     with netlink(lab.wire) as ip:
+        ip.link("set", index=link_index(ip, "lo"), state="up")
         prefixlen = UNDERLAY["ipv4"].prefixlen
         ip.addr("add", index=link_index(ip, "wire"), address=API, prefixlen=prefixlen)
     command = [sys.executable, "-m", "tests.kube_api", API, "8080", str(file)]
@@ -168,14 +169,15 @@ def api_server(lab: Lab, file: Path) -> Iterator[None]:
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == b"serving\n"
-            yield
+            yield f"http://{API}:8080"
         finally:
             server.kill()
 
 
-def config(ours: Node, versions: tuple[int, ...]) -> str:
-    kubeconfig = ours.directory / "kubeconfig"
-    kubeconfig.write_text(
+def kubeconfig(ours: Node) -> Path:
+    """For the API server above."""
+    path = ours.directory / "kubeconfig"
+    path.write_text(
         json.dumps(
             {
                 "current-context": "it",
@@ -185,6 +187,10 @@ def config(ours: Node, versions: tuple[int, ...]) -> str:
             }
         )
     )
+    return path
+
+
+def config(ours: Node, versions: tuple[int, ...]) -> str:
     tables: dict[str, dict[str, Any]] = {
         "cluster": {"cidrs": [str(cidr) for cidr in CLUSTER if cidr.version in versions], "vni": VNI},
         "node": {
@@ -196,7 +202,7 @@ def config(ours: Node, versions: tuple[int, ...]) -> str:
         "tunnel": {"encapsulation": "vxlan", "vxlan_ports": [PORT]},
         "discovery": {
             "source": "kubernetes",
-            "kubeconfig": str(kubeconfig),
+            "kubeconfig": str(kubeconfig(ours)),
             "node_name": "ours",
             "compat": "flannel",
         },

@@ -28,6 +28,9 @@ reply = getattr(dns.query, over)(query, server, timeout=5)
 print(reply.rcode().name, *[rdata for rrset in reply.answer for rdata in rrset])
 """
 
+SHARED = ("10.96.0.10", "fd96::a")
+"""The same on every node, as kubelets tell their pods."""
+
 SERVICES = """
 [[service]]
 name = "web"
@@ -140,7 +143,7 @@ def cni(node: Node, command: str, pod: Namespace, *, name: str, **capabilities: 
 @pytest.fixture
 def named(node: Node) -> Node:
     """A node whose resolver is on; its upstream is on the node's own loopback."""
-    node.tables["names"] = {"enabled": True, "upstream": ["127.0.0.53"]}
+    node.tables["names"] = {"enabled": True, "upstream": ["127.0.0.53"], "addresses": list(SHARED)}
     return node
 
 
@@ -175,7 +178,7 @@ def test_a_pod_is_told_of_the_resolver_and_finds_names(named: Node, pod: Namespa
     own = [ip["address"].partition("/")[0] for ip in result["ips"]]
     name = "web-0.shop.pod.cluster.local"
     until(lambda: ask(pod, "10.42.1.1", name) == f"NOERROR {own[0]}", "the pod's own name")
-    for server in result["dns"]["nameservers"]:
+    for server in (*result["dns"]["nameservers"], *SHARED):
         for over in ("udp", "tcp"):
             assert ask(pod, server, "front.shop.pod.cluster.local", "A", over) == f"NOERROR {own[0]}"
             assert ask(pod, server, name, "AAAA", over) == f"NOERROR {own[1]}"

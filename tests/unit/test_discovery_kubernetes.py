@@ -19,6 +19,7 @@ from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Trou
 from forwarder.discovery.kube_client import from_kubeconfig, in_cluster
 from forwarder.discovery.kube_nodes import (
     network_unavailable,
+    other_machine,
     read_flannel,
     read_ours,
     write_flannel,
@@ -78,7 +79,7 @@ class Follower:
         async for item in self.source.watch():
             self.items.append(item)
             match item:
-                case Announced(fault):
+                case Announced(fault, _):
                     self.unannounced = fault
                     continue
                 case Trouble(faults):
@@ -282,6 +283,57 @@ def test_annotations_that_somebody_removes_are_put_again(tmp_path: Path) -> None
             await eventually(lambda: one.unannounced is None, "its end")
 
     asyncio.run(story())
+
+
+def test_of_two_machines_that_are_one_node_the_other_fences_itself(tmp_path: Path) -> None:
+    """A cloned VM: the one that started last is announced, and they do not write over each other for ever."""
+
+    async def story() -> None:
+        api = api_of(node("one", *CIDRS))
+        async with following(api, tmp_path) as one:
+            await eventually(lambda: one.unannounced is None, "the announcement")
+            clone = {"podloom.dev/endpoints": "192.0.2.77"}
+            await api.put(node("one", *CIDRS, annotations=clone))
+            await eventually(lambda: "192.0.2.77 is Node one too" in str(one.unannounced), "the alarm")
+            assert one.items[-1] == Announced(one.unannounced, fenced=True)
+            asked = len(api.requests)
+            await api.put(node("one", *CIDRS, annotations=clone))  # as with every word of its kubelet
+            await api.put(node("two", "10.42.2.0/24", annotations=write_ours(RECORD)))
+            await eventually(lambda: one.ids == ["two"], "what happens afterwards")
+            await asyncio.sleep(0.3)  # longer than until the next try
+            assert not [request for request in api.requests[asked:] if request[0] == "PATCH"]
+            assert api.nodes["one"]["metadata"]["annotations"] == clone
+            await api.put(node("one", *CIDRS))
+            await eventually(lambda: one.unannounced is None, "its end, when the other's word is removed")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("addresses", "announced", "other"),
+    [
+        ((), False, ""),
+        ((), True, "192.0.2.77"),
+        (("192.0.2.77",), False, "192.0.2.77"),
+        (("192.0.2.77", "192.0.2.2"), False, ""),
+        (("10.0.0.1",), False, ""),
+    ],
+    ids=[
+        "perhaps ours of before",
+        "we are there",
+        "the kubelet's",
+        "both are",
+        "the kubelet has another network",
+    ],
+)
+def test_whose_a_node_is(addresses: tuple[str, ...], announced: bool, other: str) -> None:
+    found = node("two", annotations={"podloom.dev/endpoints": "192.0.2.77"})
+    found["status"]["addresses"] = [{"type": "InternalIP", "address": address} for address in addresses]
+    ours = set(map(str, RECORD.endpoints))
+    assert other_machine(found, ours, announced=announced) == other
+    assert other_machine(found, {*ours, "192.0.2.77"}, announced=True) == "", "we had it"
+    assert other_machine(node("two", annotations=write_ours(RECORD)), ours, announced=True) == ""
+    assert other_machine(node("two"), ours, announced=True) == ""
 
 
 def test_a_refused_patch_is_said_and_tried_again(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
@@ -105,9 +106,15 @@ def told(story: Callable[[NameService], Awaitable[None]]) -> None:
 
 def child() -> int:
     """The process that answers, by its parent, ours."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    (pid,) = (one for one in children if b"forwarder.names" in Path(f"/proc/{one}/cmdline").read_bytes())
-    return int(pid)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        for one in children:
+            # Empty for a moment: exec closes descriptors, by which its parent knows that it worked, before
+            # the new image has its arguments.
+            if b"forwarder.names" in Path(f"/proc/{one}/cmdline").read_bytes():
+                return int(one)
+    raise AssertionError("no resolver among our children")
 
 
 def test_changes_reach_the_process() -> None:
