@@ -118,7 +118,14 @@ class Cluster:
 
     program: str
     directory: Path
+    all_nodes: Sequence[KubeNode] = ()
     nodes: Sequence[KubeNode] = ()
+    """Those that have a podloom."""
+
+    @property
+    def spare(self) -> KubeNode:
+        """A node without one, and so not Ready."""
+        return self.all_nodes[-1]
 
     def lab(self, *words: str, given: str = "") -> str:
         return run(self.program, *words, given=given, env={"KUBELAB_DIR": str(self.directory)})
@@ -156,16 +163,22 @@ def until(condition: Callable[[], Any], what: str, seconds: float) -> Any:
 
 @pytest.fixture(scope="session")
 def cluster(tun: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes that are each other's peers, Ready."""
+    """Two nodes that are each other's peers, Ready, and a spare one."""
     program = os.environ.get("PODLOOM_KUBELAB", "")
     if not program:
         pytest.skip("PODLOOM_KUBELAB is not set: podloom under a real kubelet is NOT tested in this run")
     directory = tmp_path_factory.mktemp("kube")
     cluster = Cluster(program, directory / "lab")
+    cluster.directory.mkdir()
     with ExitStack() as undo:
+        # As systemd has a host's root: what containerd mounts is seen in the mount namespaces of containers.
+        run("mount", "--bind", str(cluster.directory), str(cluster.directory))
+        undo.callback(run, "umount", str(cluster.directory))
+        run("mount", "--make-shared", str(cluster.directory))
         undo.callback(cluster.lab, "down")
-        cluster.lab("up", str(NODES))
-        cluster.nodes = [KubeNode(n, cluster, directory / f"n{n}") for n in range(1, NODES + 1)]
+        cluster.lab("up", str(NODES + 1))
+        cluster.all_nodes = [KubeNode(n, cluster, directory / f"n{n}") for n in range(1, NODES + 2)]
+        cluster.nodes = cluster.all_nodes[:NODES]
         for node in cluster.nodes:
             node.prefix = until(node.pod_cidr, "podCIDR", 60)
         for node in cluster.nodes:

@@ -62,7 +62,8 @@ def fetched(cluster: Cluster, pod: str, urls: list[str]) -> list[str]:
 
 def test_pods_of_a_real_cluster(cluster: Cluster, record_property: Any) -> None:
     """Nodes become Ready; pods, a Service and a hostPort are reached; deleting them leaves nothing."""
-    until(lambda: all(map(is_ready, cluster.get("nodes")["items"])), "nodes Ready", 120)
+    names = [node.name for node in cluster.nodes]
+    until(lambda: all(map(is_ready, cluster.get("nodes", *names)["items"])), "nodes Ready", 120)
     rules = [node.command("iptables-save", "-t", "nat") for node in cluster.nodes]
     assert not any("CNI-DN" in text for text in rules)
 
