@@ -15,6 +15,7 @@ from typing import Any, Final
 from forwarder import paths
 from forwarder.addresses import Network, format_mac
 from forwarder.dataplane import MAX_SLOTS, DataPlane
+from forwarder.garbage import many_objects
 from forwarder.kernel_routes import RouteKeeper
 from forwarder.legs import Way, describe_ways
 from forwarder.paths import Measured, Prober
@@ -97,14 +98,15 @@ class Neighbourhood:
 
     async def replace(self, said: Mapping[str, Said]) -> None:
         async with self._judging:
-            # In a thread: packets would wait while thousands of records are judged.
-            judging = asyncio.ensure_future(asyncio.to_thread(self._registry.replace, said))
-            try:
-                await asyncio.shield(judging)
-            finally:
-                # Also when cancelled: the registry and the fast path must not part.
-                await asyncio.wait([judging])
-                self._take_over(judging.result())
+            with many_objects():
+                # In a thread: packets would wait while thousands of records are judged.
+                judging = asyncio.ensure_future(asyncio.to_thread(self._registry.replace, said))
+                try:
+                    await asyncio.shield(judging)
+                finally:
+                    # Also when cancelled: the registry and the fast path must not part.
+                    await asyncio.wait([judging])
+                    self._take_over(judging.result())
 
     async def replan(self, local: Local, mtus: Mapping[int, int], inner_mtu_bytes: int) -> None:
         """This node is elsewhere, or its devices carry another MTU than before: of every peer's path anew

@@ -21,6 +21,7 @@ from forwarder.discovery.etcd_follow import (
     HeardAgain,
     Listed,
     Unheard,
+    Word,
     follow,
 )
 from forwarder.discovery.http import tls_context
@@ -141,20 +142,25 @@ class EtcdSource:
         )
         async with aclosing(words):
             async for word in words:
-                match word:
-                    case Listed(found):
-                        await self._say_all(found)
-                    case Changed(change):
-                        self._say(change)
-                    case Unheard(fault):
-                        self._items.put_nowait(Trouble((fault,)))
-                    case HeardAgain():
-                        self._items.put_nowait(Current())
+                await self._take(word)
+                del word  # It may be a hundred thousand records, and the next may come in a year.
+
+    async def _take(self, word: Word) -> None:
+        match word:
+            case Listed(found):
+                await self._say_all(found)
+            case Changed(change):
+                self._say(change)
+            case Unheard(fault):
+                self._items.put_nowait(Trouble((fault,)))
+            case HeardAgain():
+                self._items.put_nowait(Current())
 
     async def _say_all(self, found: tuple[KeyValue, ...]) -> None:
-        if not any(self._registration.is_ours(item) for item in found):
+        own = self._registration.key
+        if not any(self._registration.is_ours(item) for item in found if item.key == own):
             self._registration.recheck()
-        others = [item for item in found if item.key != self._registration.key]
+        others = [item for item in found if item.key != own]
         # In a thread: ten thousand records are a second of parsing.
         said = await asyncio.to_thread(read_all, self._root, others)
         self._items.put_nowait(Snapshot({**main_file_peers(self._config), **said}))

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from forwarder.discovery.backoff import Backoff
 from forwarder.discovery.etcd_client import CompactedError, Deleted, EtcdClient, EtcdError, KeyValue
+from forwarder.garbage import many_objects
 
 SILENCE_SECONDS: Final = 45.0
 """A watch that says nothing for so long is opened again where it was: behind a firewall that forgot the
@@ -61,9 +62,11 @@ async def follow(
         began = clock()
         try:
             if revision is None:
-                found, revision = await client.list(prefix)
-                troubled = False
-                yield Listed(found)
+                with many_objects():
+                    found, revision = await client.list(prefix)
+                    troubled = False
+                    yield Listed(found)
+                    del found  # It may be a hundred thousand, and a watch lasts for ever.
             async with aclosing(client.watch(prefix, revision + 1, silence_seconds)) as watch:
                 async for progress in watch:
                     if troubled:

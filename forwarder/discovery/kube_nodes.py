@@ -49,8 +49,8 @@ def network_unavailable(node: Mapping[str, Any]) -> bool:
 
 
 def other_machine(node: Mapping[str, Any], ours: Collection[str], *, announced: bool) -> str:
-    """The endpoints of another machine that is this Node too, by its annotations; empty if none is. `ours` are
-    those that this machine has, or had.
+    """The endpoints of another machine that is this Node too, by its annotations; empty if none is. `ours`
+    are those that this machine has, or had.
 
     Once we were `announced`, whoever else writes there is one. Before, what is there may be our own from
     before a change of addresses, unless it is an address of the Node's and none of ours is."""

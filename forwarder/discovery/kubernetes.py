@@ -36,6 +36,7 @@ from forwarder.discovery.kube_nodes import (
     write_ours,
 )
 from forwarder.discovery.static import main_file_peers
+from forwarder.garbage import many_objects
 from forwarder.registry import Said
 
 log = logging.getLogger("podloom")
@@ -187,7 +188,8 @@ class KubernetesSource:
             began = self._clock()
             try:
                 if version is None:
-                    version = await self._list()
+                    with many_objects():
+                        version = await self._list()
                 elif troubled:
                     # A watch says nothing until something changes: ask what answers at once.
                     await self._client.node(self._name)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from forwarder.discovery.backoff import Backoff
 from forwarder.discovery.kube_client import AbsentError, GoneError, KubeClient, KubeError
+from forwarder.garbage import many_objects
 from forwarder.names.kubernetes import OLD_SLICES_PATH, SERVICES_PATH, SLICES_PATH, ServiceTable
 from forwarder.names.records import Change
 
@@ -50,7 +51,8 @@ class KubeServices:
         while True:
             began = self._clock()
             try:
-                services, slices = await self._list()
+                with many_objects():
+                    services, slices = await self._list()
                 began = self._clock()
                 async with asyncio.TaskGroup() as watches:
                     watches.create_task(self._watch(SERVICES_PATH, services, self._table.service_changed))

@@ -23,6 +23,7 @@ from forwarder.config import Config
 from forwarder.discovery import Announced, Current, Item, Remove, Snapshot, Trouble, Upsert
 from forwarder.discovery.etcd import EtcdSource, open_client
 from forwarder.discovery.etcd_client import EtcdClient, EtcdError, Put
+from forwarder.garbage import many_objects
 from forwarder.node import identify
 from forwarder.peers import PeerRecord
 from forwarder.plan import with_prefixes
@@ -368,11 +369,12 @@ def test_a_hundred_thousand_records_keep_nobody_waiting(etcd: EtcdServer) -> Non
             took = time.monotonic() - began
             await eventually(lambda: one.unannounced is None, "the registration", 30)
             registry = Registry(settings.local, 10_000)
-            stands = await asyncio.to_thread(registry.replace, one.said)
+            with many_objects():
+                stands = await asyncio.to_thread(registry.replace, one.said)
             assert len(stands) == 1
+            longest = max(after - before for before, after in pairwise(ticks))
             assert sum(1 for _ in registry.faults) == count - 1
         ticking.cancel()
-        longest = max(after - before for before, after in pairwise(ticks))
         print(f"{count} records in {took:.1f} s, the longest wait {longest * 1e3:.0f} ms")  # noqa: T201
 
     asyncio.run(story())
