@@ -69,7 +69,8 @@ def names_example() -> str:
 # How much memory upstream's answers may take.
 #cache_bytes = {names.cache_bytes}
 
-# Services of no source, changed by a reload. With cluster_ips,
+# Services of no source, changed by a reload. With etcd, keys services/NAMESPACE/NAME below key_prefix hold
+# the same as JSON, without the names. With cluster_ips,
 #[[service]]
 #name = "web"
 #namespace = "default"
