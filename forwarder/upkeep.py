@@ -118,7 +118,7 @@ class Upkeep:
             resized = await self._follow_host()
         except (UnderlayError, DataPlaneError) as error:
             fault = error  # What is ours is put right all the same.
-        if not await asyncio.to_thread(links.has_tap, self._wiring.tap):
+        if not await asyncio.to_thread(links.has_tap, self._wiring.tap) and self._may_open_tap():
             await self._open_tap()
         done = await self._neighbourhood.repair(self._wiring)
         if done and not resized:
@@ -135,15 +135,17 @@ class Upkeep:
 
     def mend(self, error: Exception) -> None:
         """The data plane stopped by this error: open its TAP again if that is gone, or else fail by it."""
-        self._mending.add(task := asyncio.create_task(self._mend(error)))
+        self._mending.add(task := asyncio.create_task(self._mend(error, self._mended_at)))
         task.add_done_callback(self._mending.discard)
 
-    async def _mend(self, error: Exception) -> None:
-        now, before = time.monotonic(), self._mended_at
-        if now - before >= MEND_SECONDS:
-            await self.look()
+    async def _mend(self, error: Exception, before: float) -> None:
+        await self.look()
         if self._mended_at == before:
             self._on_failure(error)
+
+    def _may_open_tap(self) -> bool:
+        """By whoever sees first that it is gone: the data plane or a look."""
+        return time.monotonic() - self._mended_at >= MEND_SECONDS
 
     async def _follow_host(self) -> bool:
         """Go by the endpoints and MTUs of now; whether the pods' MTU is another."""
