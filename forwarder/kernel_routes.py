@@ -106,10 +106,10 @@ class RouteKeeper:
             self._doubted = False
             self._installed = await asyncio.to_thread(links.own_routes, self._wiring)
         target = routes(self._cluster, *asked)
-        operations = changes(self._installed, target)
+        installed, operations = self._installed, changes(self._installed, target)
         # Unknown until it went through.
         self._installed = None
-        await asyncio.to_thread(links.change_routes, operations)
+        await asyncio.to_thread(links.change_routes, operations, installed)
         self._installed = target
         return True
 

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
@@ -288,18 +288,36 @@ def own_routes(wiring: Wiring) -> frozenset[Route]:
         )
 
 
-def change_routes(operations: Iterable[PutRoute | RemoveRoute]) -> None:
-    """Perform these without reading first; what is refused does not keep the others from being done."""
+def change_routes(
+    operations: Iterable[PutRoute | RemoveRoute], installed: Collection[Route] | None = None
+) -> None:
+    """Perform these without reading first; what is refused does not keep the others from being done. Where
+    `installed` is given it is all that is ours, and no other route is replaced."""
     faults = []
+    ours = None if installed is None else {route.key for route in installed}
     with _netlink() as netlink:
         for operation in operations:
             try:
-                _perform_all(netlink, [operation])
+                if isinstance(operation, PutRoute) and ours is not None and operation.route.key not in ours:
+                    _add_route(netlink, operation.route)
+                else:
+                    _perform_all(netlink, [operation])
             except LinkError as error:
                 faults.append(str(error))
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise LinkError(faults[0] + more)
+
+
+def _add_route(netlink: Any, route: Route) -> None:
+    try:
+        netlink.route("add", **_route(netlink, route), **_metrics(route))
+    except NetlinkError as error:
+        if error.code == errno.EEXIST:
+            raise LinkError(
+                f"a route {route.destination} was not made by podloom: remove it or change cluster.cidrs"
+            ) from None
+        raise LinkError(f"cannot set route {route.destination}: {os.strerror(error.code)}") from error
 
 
 def remove(wiring: Wiring) -> None:
