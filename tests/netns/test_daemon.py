@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from forwarder.addresses import derive_mac, format_mac
+from forwarder.daemon import CNI_WORKERS
 from tests.netns.nodes import Node, toml, until
 from tests.netns_tools import Namespace
 
@@ -431,6 +432,36 @@ def test_cni_calls_are_answered_in_parallel(node: Node) -> None:
         thread.join()
     assert {answer["result"]["exit"] for answer in answers} == {0}
     assert "1.0.0" in json.loads(answers[0]["result"]["stdout"])["supportedVersions"]
+
+
+def test_status_waits_for_no_other_call(node: Node, tmp_path: Path) -> None:
+    """Every worker has a DEL whose IPAM plugin hangs: a runtime that asks is told the truth all the same."""
+    node.start()
+    started, go_on = tmp_path / "started", tmp_path / "go-on"
+    plugin = tmp_path / "hangs"
+    plugin.write_text(f"#!/bin/sh\necho >>{started}\nwhile [ ! -e {go_on} ]; do sleep 0.02; done\n")
+    plugin.chmod(0o755)
+    conf = {"cniVersion": "1.1.0", "name": "podnet", "type": "podloom-cni"}
+    slow = json.dumps(conf | {"ipam": {"type": plugin.name}})
+    done: list[int] = []
+
+    def delete(number: int) -> None:
+        env = {"CNI_COMMAND": "DEL", "CNI_CONTAINERID": f"c{number}", "CNI_IFNAME": "eth0"}
+        answer = verb(node, "cni", env=env | {"CNI_PATH": str(tmp_path)}, stdin=slow)
+        done.append(answer["result"]["exit"])
+
+    threads = [threading.Thread(target=delete, args=(number,)) for number in range(CNI_WORKERS)]
+    try:
+        for thread in threads:
+            thread.start()
+        until(lambda: started.exists() and started.read_text().count("\n") == CNI_WORKERS, "all at work")
+        answer = verb(node, "cni", env={"CNI_COMMAND": "STATUS"}, stdin=json.dumps(conf))
+        assert (answer["result"], done) == ({"exit": 0, "stdout": ""}, [])
+    finally:
+        go_on.touch()
+        for thread in threads:
+            thread.join()
+    assert done == [0] * CNI_WORKERS
 
 
 def test_restarts_leak_no_descriptor(node: Node) -> None:
