@@ -18,11 +18,18 @@ from cni.store import FILE_NAME, Record, Store, StoreError
 
 __all__ = ["CniService", "NodeNetwork"]
 
-_LOCKS = 64
 NO_DAEMON = "no podloom daemon serves this node's pods; start it with `podloom up`"
 
 # Without a daemon nothing is forwarded either, so pods that exist suffer too.
 _NEED_DAEMON = {"ADD": Code.TRY_AGAIN_LATER, "STATUS": Code.LIMITED_CONNECTIVITY}
+
+
+class _Turn:
+    """Who is at work for one attachment, and how many are or want to be."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.callers = 0
 
 
 class CniService:
@@ -40,7 +47,8 @@ class CniService:
         self._store: Store | None = None
         self._opening = threading.Lock()
         self._idle: list[Netlink] = []
-        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._turns: dict[Attachment, _Turn] = {}
+        self._counting = threading.Lock()
 
     def fence(self, reason: str) -> None:
         """No pod may be added from now on, and why; "" for one may."""
@@ -139,8 +147,19 @@ class CniService:
             record = store.find(attachment)
             reattach([record] if record else [], network, now, host, lambda _: nullcontext())
 
-    def _alone_with(self, attachment: Attachment) -> threading.Lock:
-        return self._locks[hash(attachment) % _LOCKS]
+    @contextmanager
+    def _alone_with(self, attachment: Attachment) -> Iterator[None]:
+        with self._counting:
+            turn = self._turns.setdefault(attachment, _Turn())
+            turn.callers += 1
+        try:
+            with turn.lock:
+                yield
+        finally:
+            with self._counting:
+                turn.callers -= 1
+                if not turn.callers:
+                    del self._turns[attachment]
 
     def _opened_store(self) -> Store:
         with self._opening:

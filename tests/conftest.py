@@ -43,3 +43,16 @@ def netns(root: None) -> Iterator[Callable[[], Namespace]]:
             return namespace
 
         yield make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures that passing tests recorded, which pytest only writes into XML."""
+    figures = [
+        f"{report.nodeid}: {name}: {value}"
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+    ]
+    if figures:
+        terminalreporter.section("figures")
+    for line in figures:
+        terminalreporter.write_line(line)

@@ -127,7 +127,7 @@ def test_known_bad_input(verb: str, case: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_hundred_thousand_lives_of_the_store(tmp_path: Any) -> None:
+def test_a_hundred_thousand_lives_of_the_store(tmp_path: Any, record_property: Any) -> None:
     """Attach and detach over and over: nothing is left, and no address comes back before its rest is over."""
     from ipaddress import ip_address, ip_network
 
@@ -159,4 +159,6 @@ def test_a_hundred_thousand_lives_of_the_store(tmp_path: Any) -> None:
     assert store._one("SELECT count(*) FROM addresses WHERE rests_until IS NULL")[0] == 0
     assert shortest >= QUARANTINE_S
     store.close()
-    print(f"\n{cycles} lives, nothing left; an address came back after {shortest:.0f} s at the soonest")  # noqa: T201
+    record_property(
+        "lives", f"{cycles}, nothing left; an address came back after {shortest:.0f} s at the soonest"
+    )

@@ -81,7 +81,7 @@ class Node:
 @pytest.mark.parametrize(
     "rounds", [pytest.param(300, id="some"), pytest.param(10_000, id="all", marks=pytest.mark.slow)]
 )
-def test_gc_frees_the_dead_and_never_a_live_one(tmp_path: Path, rounds: int) -> None:
+def test_gc_frees_the_dead_and_never_a_live_one(tmp_path: Path, rounds: int, record_property: Any) -> None:
     node = Node(tmp_path, random.Random(2))
     try:
         for _ in range(rounds):
@@ -90,5 +90,5 @@ def test_gc_frees_the_dead_and_never_a_live_one(tmp_path: Path, rounds: int) -> 
             node.collect()
     finally:
         node.store.close()
-    print(f"\n{rounds} GCs among {node.number} ADDs: {node.collected} dead freed, no live one")  # noqa: T201
+    record_property("freed", f"{node.collected} dead, no live one, by {rounds} GCs among {node.number} ADDs")
     assert node.collected > rounds // 10

@@ -187,7 +187,6 @@ def test_a_power_cut_at_any_moment(tmp_path: Path, record_property: Any, stride:
             for image in disk.images(chance, torn):
                 assert_usable(image, tmp_path / "image", attached, unsure)
                 tested += 1
-    record_property("images", tested)
-    print(f"\n{tested} disks as a power cut at {moments} moments left them: all in use again, nothing lost")  # noqa: T201
+    record_property("disks in use again", f"{tested}, after cuts at {moments // stride + 1} moments")
     assert moments > 100
     assert len(attached) == LIVES - LIVES // 3

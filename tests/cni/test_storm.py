@@ -40,5 +40,4 @@ def test_parallel_calls_lose_and_leak_nothing(
         database.close()
         assert (held, records) == ((0,), (0,))
     for plugin in (ours, theirs):
-        record_property(plugin.name, plugin.line())
-        print(f"\n{pods} pods at once, {rounds} rounds: {plugin.line()}")  # noqa: T201
+        record_property(f"{pods} at once, {rounds} rounds", plugin.line())
