@@ -45,6 +45,9 @@ cdef class Pump:
     cdef Sender sender
     cdef Writer writer
     cdef Probes probes
+    cdef bint roaming             # whether probes of that kind are heard, from whomever
+    cdef const Received *message  # borrowed: what is decapsulated now
+    cdef Encapsulation encapsulation  # of it
     cdef Receiver receivers[RECEIVERS]
     cdef int receiver_count
     cdef Counters encap_counters
@@ -62,4 +65,6 @@ cdef class Pump:
         self, Receiver *receiver, int slot, uint8_t *datagram, size_t length, int outer_ecn
     ) noexcept nogil
     cdef int decap_control(self, int slot, const uint8_t *datagram, size_t length) noexcept nogil
+    cdef bint hear_stranger(self) noexcept nogil
     cdef int hear(self, int slot, const uint8_t *frame) noexcept nogil
+    cdef bint keep_roaming(self, int slot, const uint8_t *probe) noexcept nogil

@@ -59,6 +59,12 @@ class Pump:
     def take_probes(self) -> list[tuple[int, bytes]]:
         """[(slot, probe without padding)] of what was heard since the last call, in order. At most 512 wait;
         more are dropped as PROBES_FULL."""
+    def hear_roaming(self, on: bool) -> None:
+        """Whether probes of the kinds from 0x10 on are heard, which may come from any address. Off at first:
+        then a stranger's are an unknown peer's, and a peer's PROBES_FULL."""
+    def take_roaming_probes(self) -> list[tuple[int, str, bytes, int, bytes]]:
+        """[(slot, encapsulation, outer address, outer port, probe without padding)] of what was heard since
+        the last call, in order; slot -1 is nobody's address. At most 64 wait."""
     def counters(self) -> dict[str, dict[str, int]]:
         """{"encap": {...}, "decap": {...}}: frames/datagrams seen, packets delivered, bytes, drops by name.
 

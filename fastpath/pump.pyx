@@ -1,6 +1,7 @@
 """encap (TAP to UDP) and decap (UDP to TAP): the two journeys, bounded by a budget, without the GIL."""
 
 import os
+import socket
 
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy
@@ -46,12 +47,14 @@ from fastpath.offload.virtio cimport (
     virtio_covers_transport,
     virtio_decode,
 )
+from fastpath.probes cimport Roaming
 from fastpath.table cimport GENEVE, LOCAL, NO_SLOT, VXLAN, Peer, peer_at
+from fastpath.wire.byteorder cimport load16
 from fastpath.wire.classify cimport Frame, classify_frame, flow_hash
 from fastpath.wire.ethernet cimport ETHERNET_HEADER
 from fastpath.wire.geneve cimport geneve_control, geneve_decode
 from fastpath.wire.ip cimport ECN_MASK, ecn_combine, ipv4_set_ecn, ipv6_set_ecn
-from fastpath.wire.probe cimport PROBE_BYTES, is_probe, probe_encode
+from fastpath.wire.probe cimport PROBE_BYTES, is_probe, is_roaming, probe_encode
 from fastpath.wire.vxlan cimport vxlan_decode
 
 
@@ -125,6 +128,9 @@ cdef class Pump:
             fd, GENEVE if encapsulation == "geneve" else VXLAN, BATCH
         )
         self.receiver_count += 1
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                self.sender.add_home(fd, sock.family, GENEVE if encapsulation == "geneve" else VXLAN)
 
     def add_sender(self, int fd, int family):
         """A non-blocking UDP socket for sending to AF_INET or AF_INET6 peers."""
@@ -238,6 +244,18 @@ cdef class Pump:
     def take_probes(self):
         """[(slot, probe without padding)] of what was heard since the last call, in order: see send_probe."""
         return self.probes.take()
+
+    def hear_roaming(self, bint on):
+        """Whether roaming probes are heard. Off at first: then a stranger's are an unknown peer's."""
+        self.roaming = on
+
+    def take_roaming_probes(self):
+        """[(slot, encapsulation, address, port, probe)] of what was heard since the last call; -1 is
+        nobody's slot."""
+        return [
+            (slot, "geneve" if encapsulation == GENEVE else "vxlan", address, port, probe)
+            for slot, encapsulation, address, port, probe in self.probes.take_roaming()
+        ]
 
     def counters(self):
         """What each direction received, forwarded and dropped, by reason."""
@@ -384,8 +402,11 @@ cdef class Pump:
             slot = self.peers.sources.find4(message.source)
         else:
             slot = self.peers.sources.find6(message.source)
+        self.message = message
+        self.encapsulation = receiver.encapsulation
         if slot == NO_SLOT:
-            count_drop(counters, DROP_UNKNOWN_PEER, count)
+            if not self.roaming or not self.hear_stranger():
+                count_drop(counters, DROP_UNKNOWN_PEER, count)
             return
         while count:
             length = min(message.segment, message.length - at)
@@ -466,13 +487,56 @@ cdef class Pump:
             return DROP_TUNNEL_OAM
         return self.hear(slot, frame)
 
+    cdef bint hear_stranger(self) noexcept nogil:
+        """Hear a message of nobody's if it is a roaming probe, after all that is checked of a peer's."""
+        cdef uint8_t *datagram = self.message.data
+        cdef size_t length = self.message.length
+        cdef uint32_t vni = 0
+        cdef bint partial = False
+        cdef int header
+        if length != self.message.segment:
+            return False
+        if self.encapsulation == VXLAN:
+            header = vxlan_decode(datagram, length, self.vxlan_strict, &vni)
+        else:
+            header = geneve_decode(datagram, length, &vni, &partial)
+            header = geneve_control(datagram, &vni) if header == -DROP_TUNNEL_OAM else -DROP_TUNNEL_OAM
+        if header < 0 or vni != self.vni:
+            return False
+        datagram += header
+        length -= header
+        return (
+            is_probe(datagram, length)
+            and is_roaming(datagram)
+            and memcmp(datagram, self.router_mac, 6) == 0
+            and self.hear(NO_SLOT, datagram) == 0
+        )
+
     cdef int hear(self, int slot, const uint8_t *frame) noexcept nogil:
         """Keep a probe for the control plane; 0 or the Drop."""
-        if not self.probes.put(slot, frame + ETHERNET_HEADER):
+        cdef const uint8_t *probe = frame + ETHERNET_HEADER
+        cdef bint kept
+        if is_roaming(frame):
+            kept = self.roaming and self.keep_roaming(slot, probe)
+        else:
+            kept = self.probes.put(slot, probe)
+        if not kept:
             return DROP_PROBES_FULL
         self.decap_counters.received -= 1  # it is no packet
         self.decap_counters.probes += 1
         return 0
+
+    cdef bint keep_roaming(self, int slot, const uint8_t *probe) noexcept nogil:
+        cdef Roaming *heard = self.probes.next_roaming()
+        if heard == NULL:
+            return False
+        heard.slot = slot
+        heard.encapsulation = self.encapsulation
+        heard.address_bytes = 4 if self.message.family == AF_INET else 16
+        memcpy(heard.address, self.message.source, heard.address_bytes)
+        heard.port = load16(self.message.source_port)
+        memcpy(heard.probe, probe, PROBE_BYTES)
+        return True
 
 
 cdef inline bint is_passing(int failure) noexcept nogil:

@@ -29,6 +29,7 @@ cdef enum:
     BLOCKS = PIECES // 2
     UPLINK_REFUSALS = 16                # in a row, until the uplink is given up
     SOCKETS = 16                        # of each family
+    ENCAPSULATIONS = 2
 
 
 cdef struct Outbox:
@@ -42,9 +43,11 @@ cdef struct Outbox:
     uint8_t blocks[BLOCKS][BLOCK_BYTES]
 
 
+# Behind the first `count` sockets, that flows are spread over, are the homes: see Peer.from_home.
 cdef struct Sockets:
-    int fds[SOCKETS]
-    OuterPath paths[SOCKETS]            # from each socket's own address and port, to nowhere yet
+    int fds[SOCKETS + ENCAPSULATIONS]
+    OuterPath paths[SOCKETS + ENCAPSULATIONS]  # from each socket's own address and port, to nowhere yet
+    bint has_home[ENCAPSULATIONS]
     uint32_t count
 
 
@@ -60,6 +63,7 @@ cdef class Sender:
     cdef int uplink_refusals            # in a row
     cdef uint8_t uplink_mac[6]
 
+    cdef uint32_t socket_index(self, const Peer *peer, uint32_t flow) noexcept nogil
     cdef uint32_t key(self, int slot, uint32_t flow, int ecn) noexcept nogil
     cdef int post_frame(
         self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length, bint partial

@@ -67,25 +67,45 @@ cdef class Sender:
     def forget_sockets(self):
         """Send from none any more."""
         self.v4.count = self.v6.count = 0
+        memset(self.v4.has_home, 0, sizeof(self.v4.has_home))
+        memset(self.v6.has_home, 0, sizeof(self.v6.has_home))
+
+    def add_home(self, int fd, int family, int encapsulation):
+        """A bound socket that datagrams of the encapsulation come to; the first of its kind is the one."""
+        cdef Sockets *sockets = &self.v4 if family == AF_INET else &self.v6
+        if not sockets.has_home[encapsulation]:
+            sockets.fds[SOCKETS + encapsulation] = fd
+            sockets.has_home[encapsulation] = True
 
     def set_uplink(self, int fd, bytes mac not None):
         """A TAP whose header is TUNNEL_VNET_HEADER bytes, with its MAC. It is used from now on, for
         datagrams that look as if they came from the sockets added so far."""
         cdef uint32_t i
+        cdef int home
         if len(mac) != 6:
             raise ValueError(f"mac: {len(mac)} bytes, 6 needed")
         for i in range(self.v4.count):
             self.v4.paths[i] = path_from(self.v4.fds[i], 4)
         for i in range(self.v6.count):
             self.v6.paths[i] = path_from(self.v6.fds[i], 6)
+        for home in range(ENCAPSULATIONS):
+            if self.v4.has_home[home]:
+                self.v4.paths[SOCKETS + home] = path_from(self.v4.fds[SOCKETS + home], 4)
+            if self.v6.has_home[home]:
+                self.v6.paths[SOCKETS + home] = path_from(self.v6.fds[SOCKETS + home], 6)
         self.uplink_fd = fd
         self.uplink = True
         memcpy(self.uplink_mac, <const uint8_t *> mac, 6)
 
+    cdef uint32_t socket_index(self, const Peer *peer, uint32_t flow) noexcept nogil:
+        cdef const Sockets *sockets = &self.v4 if peer.family == AF_INET else &self.v6
+        if peer.from_home and sockets.has_home[peer.encapsulation]:
+            return SOCKETS + peer.encapsulation
+        return flow % sockets.count if sockets.count else 0
+
     cdef uint32_t key(self, int slot, uint32_t flow, int ecn) noexcept nogil:
-        cdef Peer *peer = &self.peers.slots[slot]
-        cdef uint32_t count = self.v4.count if peer.family == AF_INET else self.v6.count
-        return <uint32_t> slot << KEY_SLOT | (flow % count if count else 0) << KEY_SOCKET | <uint32_t> ecn
+        cdef uint32_t index = self.socket_index(&self.peers.slots[slot], flow)
+        return <uint32_t> slot << KEY_SLOT | index << KEY_SOCKET | <uint32_t> ecn
 
     cdef int post_frame(
         self, int slot, uint32_t flow, int ecn, uint8_t *frame, size_t length, bint partial
@@ -164,7 +184,7 @@ cdef class Sender:
         whole.iov_base = frame - TUNNEL_HEADER
         whole.iov_len = TUNNEL_HEADER + length
         send_describe(&self.outbox.batch, 0, &peer.endpoint, peer.endpoint_length, &whole, 1, 0, 0)
-        return send_batch(sockets.fds[flow % sockets.count], &self.outbox.batch, 0, 1)
+        return send_batch(sockets.fds[self.socket_index(peer, flow)], &self.outbox.batch, 0, 1)
 
     cdef ssize_t _write_uplink(self, uint32_t key, int ecn, const Superframe *cut) noexcept nogil:
         """Write the superframe in its tunnel, in place; bytes or -errno. What lies before it is

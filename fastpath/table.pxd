@@ -54,6 +54,7 @@ cdef struct Peer:
     uint8_t partial_header[18]  # the same for a packet whose checksum is partial, with the option (4)
     uint8_t encapsulation
     bint partial_checksums      # whether such packets may be sent to it, and it may send them
+    bint from_home              # whether all its datagrams leave from the port we receive on
     bint used
     uint32_t mtu              # largest inner IP packet, bytes
     int family

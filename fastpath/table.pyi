@@ -29,11 +29,13 @@ class PeerTable:
         port: int,
         mtu: int,
         partial_checksums: bool = False,
+        from_home: bool = False,
     ) -> None:
         """Fill or replace a slot (1..MAX_PEERS-1). `encapsulation` is "geneve" or "vxlan";
         `endpoint` is 4 or 16 bytes, network order; `mtu` is the largest inner IP packet, bytes.
         `partial_checksums` lets inner TCP and UDP checksums be left unfinished both ways, under a
-        Geneve option (wire/geneve.pxd). Counters of a slot that was in use are kept."""
+        Geneve option (wire/geneve.pxd). `from_home` sends all its datagrams from the port that we receive
+        on, the one that a NAT between us lets in. Counters of a slot that was in use are kept."""
     def clear(self, slot: int) -> None:
         """Forget the slot, its counters and every source address that leads to it."""
     def allow_source(self, address: bytes, slot: int) -> None:

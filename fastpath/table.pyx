@@ -238,6 +238,7 @@ cdef class PeerTable:
         port,
         mtu,
         bint partial_checksums=False,
+        bint from_home=False,
     ):
         """Fill or replace a slot. Counters of a slot that was in use are kept."""
         cdef Peer *peer
@@ -269,6 +270,7 @@ cdef class PeerTable:
             vxlan_encode(peer.header, vni)
         memcpy(peer.header + 8, <const uint8_t *> router_mac, 6)
         peer.partial_checksums = partial_checksums
+        peer.from_home = from_home
         geneve_encode_partial(peer.partial_header, vni)
         memcpy(peer.partial_header + GENEVE_PARTIAL_HEADER, <const uint8_t *> router_mac, 6)
         peer_endpoint(peer, endpoint, len(endpoint), port)

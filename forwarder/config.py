@@ -28,6 +28,7 @@ from forwarder.peers import (
     OPTION_BYTES,
     OVERHEAD_BYTES,
     REMOTE_CHECKSUM,
+    ROAMING,
     Local,
     NamedPrefix,
     PeerRecord,
@@ -35,6 +36,7 @@ from forwarder.peers import (
     is_inside,
     overlaps,
 )
+from forwarder.roaming import MIN_KEY_BYTES
 from forwarder.toml_values import (
     Kind,
     RefusedError,
@@ -187,6 +189,8 @@ class HealthConfig:
     enabled: bool = True
     interval_seconds: int = 1
     detect_multiplier: int = 3
+    roaming: bool = False
+    key_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +226,7 @@ class Config:
             *((REMOTE_CHECKSUM,) if self.tunnel.remote_checksum else ()),
             *((HEALTH,) if self.health.enabled else ()),
             *((DIRECT,) if self.underlay.direct == "auto" else ()),
+            *((ROAMING,) if self.health.roaming else ()),
         )
 
     @property
@@ -477,6 +482,10 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 #interval_seconds = {health.interval_seconds}
 # A peer that is silent for so many intervals is down.
 #detect_multiplier = {health.detect_multiplier}
+# true finds peers with the feature "{ROAMING}" where they are, when a NAT hides them or their address has
+# changed, by probes that prove themselves by the cluster's key: a file of {MIN_KEY_BYTES} bytes or more.
+#roaming = {_toml(health.roaming)}
+#key_file = ""
 
 {names_example()}
 # One table for each other node.
@@ -565,6 +574,8 @@ def _check_together(config: Config) -> Iterator[Fault]:
         if any(address in cidr for cidr in cidrs) or address in node.endpoints:
             allowed = "must be outside cluster.cidrs and none of node.endpoints"
             yield Fault(f"names.addresses[{index}]", address, allowed)
+    if config.health.roaming and config.health.key_file is None:
+        yield Fault("health.key_file", MISSING, "must name a file with the cluster's key for health.roaming")
     yield from _check_discovery(config)
 
 
@@ -777,6 +788,8 @@ _HEALTH: Final = {
     "enabled": kind_of(bool, "must be true or false"),
     "interval_seconds": integer(1, 60),
     "detect_multiplier": integer(2, 50),
+    "roaming": kind_of(bool, "must be true or false"),
+    "key_file": _OPTIONAL_FILE,
 }
 _PEER: Final = {
     "id": _NODE_ID,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import time
@@ -33,6 +34,7 @@ from forwarder.direct import Direct
 from forwarder.discovery import Source, stored
 from forwarder.discovery.static import StaticSource
 from forwarder.faults import ConfigError, Fault
+from forwarder.finder import Finder, read_key
 from forwarder.follower import Follower
 from forwarder.kernel_routes import RouteKeeper
 from forwarder.legs import Way
@@ -61,6 +63,7 @@ from forwarder.plan import (
 from forwarder.probing import Probing
 from forwarder.process import StartError, notify, require_privileges, run_directory
 from forwarder.reconcile import Wiring
+from forwarder.roaming import Roaming
 from forwarder.underlay import AUTO, Host, UnderlayError
 from forwarder.upkeep import Upkeep
 from forwarder.uplink import UplinkError, open_uplink
@@ -185,6 +188,8 @@ class Daemon:
             stack.callback(self._status_worker.shutdown)
             for work in (self._neighbourhood.watch_paths(), self._probing.run(), self._upkeep.run()):
                 self._beside(stack, work)
+            if self._finder is not None:
+                self._beside(stack, self._finder.run())
             if self._direct is not None:
                 self._beside(stack, self._direct.run())
             self._tell_bird(stack, wiring)
@@ -255,6 +260,7 @@ class Daemon:
             interval_seconds=health.interval_seconds,
             detect_multiplier=health.detect_multiplier,
         )
+        roaming = make_roaming(self._config)
 
         def changed() -> None:
             unsaved.set()
@@ -269,8 +275,10 @@ class Daemon:
             self._dataplane,
             self._probing,
             keeper,
+            roaming,
             changed=changed,
         )
+        self._finder = Finder(roaming, self._dataplane, self._neighbourhood) if roaming else None
         settings = direct_settings(self._config, wiring)
         if settings is not None:
             self._direct = Direct(settings, self._neighbourhood.records, keeper, self._probing.is_down)
@@ -507,6 +515,15 @@ def make_source(config: Config, stored_prefixes: tuple[Network, ...] = ()) -> So
             return KubernetesSource(config, stored_prefixes)
         case _:
             return StaticSource(config)
+
+
+def make_roaming(config: Config) -> Roaming | None:
+    """StartError if it is wanted and the key cannot be used."""
+    if not config.health.roaming:
+        return None
+    assert config.health.key_file is not None  # noqa: S101 (checked together)
+    assert config.node.id is not None  # noqa: S101 (identified)
+    return Roaming(config.node.id, read_key(config.health.key_file), os.urandom)
 
 
 def require_tunnel_segmentation(endpoints: tuple[Address, ...]) -> None:

@@ -11,14 +11,16 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Final
 
 from fastpath.kernel.tap import VNET_HEADER_SIZE, set_offloads, set_vnet_header_size
 from fastpath.kernel.udp import open_receiver, open_sender, set_gro
 from fastpath.pump import Pump
 from fastpath.table import LOCAL_SLOT, MAX_PEERS, PeerTable, PrefixTable
+from fastpath.wire import geneve, vxlan
 from forwarder.addresses import Address, Network
 from forwarder.offloads import ABOUT, Offload, judge
 from forwarder.peers import (
@@ -27,9 +29,11 @@ from forwarder.peers import (
     ClearSlot,
     ForgetSource,
     InsertPrefix,
+    PeerPath,
     RemovePrefix,
     SetPath,
 )
+from forwarder.probe import probe_frame
 from forwarder.uplink import Uplink
 
 SENDERS_PER_FAMILY: Final = 8
@@ -74,6 +78,18 @@ class Sockets:
     def close(self) -> None:
         for descriptor in (*self.receivers, *self.senders):
             os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class RoamingProbe:
+    """Where a probe came from: the slot that has the address, if any, its encapsulation, outer address and
+    outer port."""
+
+    slot: int | None
+    encapsulation: str
+    address: Address
+    port: int
+    probe: bytes
 
 
 class DataPlane:
@@ -219,6 +235,42 @@ class DataPlane:
         inner packet has so many bytes; whether the kernel took it."""
         return self._pump.send_probe(slot, flow, probe, packet_bytes)
 
+    def hear_roaming(self) -> None:
+        """Hear roaming probes from now on, from whomever; `take_roaming` must be called often."""
+        self._pump.hear_roaming(True)
+
+    def take_roaming(self) -> list[RoamingProbe]:
+        """What was heard since the last call."""
+        return [
+            RoamingProbe(None if slot < 0 else slot, encapsulation, ip_address(address), port, probe)
+            for slot, encapsulation, address, port, probe in self._pump.take_roaming_probes()
+        ]
+
+    def send_from_home(self, path: PeerPath, address: Address, port: int, probe: bytes) -> None:
+        """Send a probe to a peer of that path, at this address and port, from the port that we receive what
+        is encapsulated so on. What the kernel refuses is lost."""
+        if path.encapsulation == "geneve":
+            header = geneve.encode(path.vni, control=True)
+        else:
+            header = vxlan.encode(path.vni)
+        descriptor = self._home(path.encapsulation, address.version)
+        if descriptor is not None:
+            frame = probe_frame(path.router_mac, self._settings.router_mac, probe)
+            with socket.socket(fileno=os.dup(descriptor)) as home, suppress(OSError):
+                home.sendto(header + frame, (str(address), port))
+
+    def _home(self, encapsulation: str, version: int) -> int | None:
+        """The receiver of that encapsulation and IP version; the first, if there are several."""
+        for endpoint, sockets in self._sockets.items():
+            for descriptor, (_, its) in zip(sockets.receivers, self._settings.listen, strict=True):
+                if (its, endpoint.version) == (encapsulation, version):
+                    return descriptor
+        return None
+
+    def owner_of(self, address: Address) -> int | None:
+        """The slot whose datagrams may come from an outer address."""
+        return self._peers.find_source(address.packed)
+
     def set_offload(self, name: str, on: bool) -> Offload:
         """Switch one of `offloads.ABOUT` and say what came of it. KeyError if there is none of that name.
 
@@ -350,6 +402,7 @@ def apply_changes(changes: Iterable[Change], prefixes: PrefixTable, peers: PeerT
                     port=path.port,
                     mtu=path.mtu_bytes,
                     partial_checksums=path.partial_checksums,
+                    from_home=path.from_home,
                 )
             case AllowSource(address, slot):
                 peers.allow_source(address.packed, slot)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain, islice
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from forwarder.peers import (
     OPTION_BYTES,
     OVERHEAD_BYTES,
     REMOTE_CHECKSUM,
+    ROAMING,
     Local,
     PeerPath,
     PeerRecord,
@@ -34,6 +36,7 @@ from forwarder.peers import (
 from forwarder.probing import Probing
 from forwarder.reconcile import Operation, Wiring
 from forwarder.registry import Delta, Registry, Said
+from forwarder.roaming import Place, Roaming
 
 log = logging.getLogger("podloom")
 
@@ -53,16 +56,19 @@ class Neighbourhood:
         dataplane: DataPlane,
         probing: Probing,
         keeper: RouteKeeper,
+        roaming: Roaming | None,
         changed: Callable[[], None],
     ) -> None:
         """`features` are this node's; `mtus` is by the underlay's IP version the largest inner IP packet.
-        `changed` is called whenever other records stand than before."""
+        `roaming` is there if peers may be elsewhere than they say. `changed` is called whenever other
+        records stand than before."""
         self._endpoints = local.endpoints
         self._features = features
         self._mtus = mtus
         self._inner_mtu_bytes = wiring.mtu_bytes
         self._dataplane = dataplane
         self._probing = probing
+        self._roaming = roaming
         self._changed = changed
         self._registry = Registry(local, capacity=MAX_SLOTS - 1)
         self._records: dict[str, PeerRecord] = {}
@@ -72,6 +78,7 @@ class Neighbourhood:
         self._next_slot = 1
         self._paths: dict[int, PeerPath] = {}
         self._short_paths: dict[str, int] = {}
+        self._moved: dict[str, Place] = {}
         self._keeper = keeper
         self._routes_due = False
         """Whether other routes may be needed than there are: with thousands of short paths that takes a while
@@ -121,14 +128,21 @@ class Neighbourhood:
             for node_id in self._records:
                 self._probing.forget(node_id)
         before = self._tables_for(self._records.values())
+        if moves:
+            self._moved = {}  # who was found will be found again from here
         delta = self._registry.relocate(local)
         self._endpoints, self._mtus, self._inner_mtu_bytes = local.endpoints, mtus, inner_mtu_bytes
         for node_id, record in delta.items():
             if record is None:
                 del self._records[node_id]
                 self._free[self._slots.pop(node_id)] = None
+                self._moved.pop(node_id, None)
+                self._probing.forget(node_id)
+                if self._roaming is not None:
+                    self._roaming.remove(node_id)
             else:
                 self._records[node_id] = record
+                self._look_for(record)
         after = self._tables_for(self._records.values())
         self._dataplane.apply(diff(before, after))
         self._occupy(after.slots)
@@ -161,15 +175,21 @@ class Neighbourhood:
         """Bring the fast path to what stands now."""
         if not delta:
             return
+        if self._moved:
+            self._make_way(delta)
         old = [self._records[node_id] for node_id in delta if node_id in self._records]
         new = [record for record in delta.values() if record is not None]
         before = self._tables_for(old)
         for node_id, record in delta.items():
             if record is None and (slot := self._slots.pop(node_id, None)) is not None:
                 self._free[slot] = None
-            if record is None or record.endpoints != self._records.get(node_id, record).endpoints:
+            before_it = self._records.get(node_id)
+            if record is None or (before_it is not None and _places(record) != _places(before_it)):
                 self._short_paths.pop(node_id, None)
+                self._moved.pop(node_id, None)
                 self._probing.forget(node_id)
+                if self._roaming is not None:
+                    self._roaming.remove(node_id)
         after = self._tables_for(new)
         changes = diff(before, after)
         self._dataplane.apply(changes)
@@ -183,9 +203,55 @@ class Neighbourhood:
         self._records.update((record.id, record) for record in new)
         for record in new:
             self._follow_health(record)
+            self._look_for(record)
         self._routes_due = True
         self._changed()
         log.info("%d peers (%d before), %d changes", len(self._records), count, len(changes))
+
+    def _make_way(self, delta: Delta) -> None:
+        """Whoever was found at an address that a record says is its own is not there any more."""
+        said = {address for record in delta.values() if record is not None for address in record.endpoints}
+        for node_id in [node_id for node_id, (address, _) in self._moved.items() if address in said]:
+            self._put(self._records[node_id], None)
+
+    def move(self, node_id: str, place: Place) -> None:
+        """A peer has proved to be at a place, which its record says or does not. No peer has another's
+        address: the sender of a packet is known by it."""
+        record = self._records.get(node_id)
+        if record is None or place[0].version not in self._mtus:
+            return
+        if self._dataplane.owner_of(place[0]) in (None, self._slots[node_id]):
+            self._put(record, None if place in _places(record) else place)
+
+    def _put(self, record: PeerRecord, place: Place | None) -> None:
+        """Reach a peer at a place from now on, or where its record says."""
+        before = self._tables_for([record])
+        self._short_paths.pop(record.id, None)
+        self._moved.pop(record.id, None)
+        if place is not None:
+            self._moved[record.id] = place
+        after = self._tables_for([record])
+        self._dataplane.apply(diff(before, after))
+        self._paths.update(after.paths)
+        self._follow_health(record)
+        self._routes_due = True
+        path = self._path_of(record)
+        log.info("%s is reached at %s, UDP port %d", record.id, path.endpoint, path.port)
+
+    def places_of(self, node_id: str) -> Collection[Place]:
+        """Where a peer is known to be."""
+        if node_id in self._moved:
+            return (self._moved[node_id],)
+        record = self._records.get(node_id)
+        return () if record is None else _places(record)
+
+    def path_to(self, node_id: str) -> PeerPath | None:
+        slot = self._slots.get(node_id)
+        return None if slot is None else self._paths[slot]
+
+    def in_slot(self, slot: int | None) -> str | None:
+        """The peer whose slot in the fast path that is."""
+        return next((node_id for node_id, its in self._slots.items() if its == slot), None)
 
     def _follow_health(self, record: PeerRecord) -> None:
         """Probe a peer that has agreed to it; no other."""
@@ -200,6 +266,15 @@ class Neighbourhood:
             self._free.pop(slot, None)
             self._next_slot = max(self._next_slot, slot + 1)
 
+    def _look_for(self, record: PeerRecord) -> None:
+        """Let a peer be found elsewhere that has agreed to it."""
+        if self._roaming is None:
+            return
+        if ROAMING in record.features:
+            self._roaming.add(record.id, time.monotonic())
+        else:
+            self._roaming.remove(record.id)
+
     def _tables_for(self, records: Iterable[PeerRecord]) -> Tables:
         return tables_for(
             records,
@@ -209,6 +284,7 @@ class Neighbourhood:
             free=chain(self._free, range(self._next_slot, MAX_SLOTS)),
             short_paths=self._short_paths,
             features=self._features,
+            moved=self._moved,
         )
 
     # What the paths carry
@@ -286,9 +362,14 @@ class Neighbourhood:
             "vni": path.vni,
             "mtu": path.mtu_bytes,
             "path_mtu": self._short_paths.get(record.id),
+            "moved": record.id in self._moved,
             "health": self._probing.describe(record.id),
             "router_mac": format_mac(path.router_mac),
             "prefixes": [str(prefix) for prefix in record.prefixes],
             **describe_ways(ways),
             "counters": dict(self._dataplane.peer_counters(slot)),
         }
+
+
+def _places(record: PeerRecord) -> tuple[Place, ...]:
+    return tuple((endpoint, record.port) for endpoint in record.endpoints)

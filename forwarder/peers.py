@@ -28,7 +28,10 @@ HEALTH = "health"
 DIRECT = "direct"
 """Takes its pods' packets without a tunnel from nodes of its segment, and answers BFD."""
 
-FEATURES = (REMOTE_CHECKSUM, HEALTH, DIRECT)
+ROAMING = "roaming"
+"""Being found by authentic probes where the record does not say, as forwarder.roaming does it."""
+
+FEATURES = (REMOTE_CHECKSUM, HEALTH, DIRECT, ROAMING)
 
 OPTION_BYTES = 4
 """What the Geneve option of REMOTE_CHECKSUM adds to a datagram."""
@@ -164,6 +167,8 @@ class PeerPath:
     port: int
     mtu_bytes: int
     partial_checksums: bool = False
+    from_home: bool = False
+    """Whether all its datagrams leave from the port we receive on: the one that a NAT lets in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +194,13 @@ def tables_for(
     free: Iterable[int] | None = None,
     short_paths: Mapping[str, int] = MappingProxyType({}),
     features: Collection[str] = (),
+    moved: Mapping[str, tuple[Address, int]] = MappingProxyType({}),
 ) -> Tables:
     """The tables for checked records. A node keeps its slot of `previous`, or gets a `free` one: any below
     `max_slots` that none of these nodes has, if nothing is said. `mtu_bytes` is the largest inner IP packet
     by the underlay's IP version, and its keys are the versions this node can send; `short_paths` is by node
-    id the path MTU where that leaves less; `features` are this node's."""
+    id the path MTU where that leaves less; `features` are this node's; `moved` is by node id the address and
+    port of those that were found elsewhere than they say."""
     records = list(records)
     slots = {record.id: previous[record.id] for record in records if record.id in previous}
     taken = set(slots.values())
@@ -208,7 +215,8 @@ def tables_for(
                 raise TooManyPeersError(f"{len(records)} peers: must be at most {max_slots - 1}")
             slots[record.id] = slot
         slot = slots[record.id]
-        endpoint = next(address for address in record.endpoints if address.version in mtu_bytes)
+        said = next(address for address in record.endpoints if address.version in mtu_bytes)
+        endpoint, port = moved.get(record.id, (said, record.port))
         partial_checksums = (
             REMOTE_CHECKSUM in features
             and REMOTE_CHECKSUM in record.features
@@ -223,11 +231,12 @@ def tables_for(
             vni=record.vni,
             router_mac=record.router_mac,
             endpoint=endpoint,
-            port=record.port,
+            port=port,
             mtu_bytes=inner_mtu_bytes,
             partial_checksums=partial_checksums,
+            from_home=record.id in moved,
         )
-        sources.update(dict.fromkeys(record.endpoints, slot))
+        sources.update(dict.fromkeys((*record.endpoints, endpoint), slot))
         prefixes.update(dict.fromkeys(record.prefixes, slot))
     return Tables(slots, paths, sources, prefixes)
 

@@ -21,6 +21,9 @@ from typing import Final
 PROBE_BYTES: Final = 64
 TAG: Final = b"pl\x01"
 
+ETHERTYPE: Final = 0x88B5
+"""IEEE Std 802, Local Experimental EtherType 1."""
+
 KIND_REPORT: Final = 1
 KIND_PADDED: Final = 2
 
@@ -37,6 +40,11 @@ MAX_HELD_US: Final = 0xFFFFFFFF
 
 _REPORT: Final = struct.Struct("!3sBBBHIIIIQII24x")
 _PADDED: Final = struct.Struct("!3sBII52x")
+
+
+def probe_frame(destination: bytes, source: bytes, probe: bytes) -> bytes:
+    """The Ethernet frame around a probe, between two router MACs."""
+    return destination + source + struct.pack("!H", ETHERTYPE) + probe
 
 
 @dataclass(frozen=True, slots=True)

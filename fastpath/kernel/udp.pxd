@@ -47,6 +47,7 @@ cdef struct Received:
     uint32_t length
     uint32_t segment         # bytes of each datagram but the last of a GRO train; else `length`
     const uint8_t *source    # outer address, 4 or 16 bytes
+    const void *source_port  # in network order
     int family
     uint8_t tos              # outer ToS or Traffic Class
     bint truncated
@@ -97,8 +98,10 @@ cdef inline Received received(ReceiveBatch *batch, int i) noexcept nogil:
     message.family = batch.names[i].ss_family
     if message.family == AF_INET:
         message.source = <const uint8_t *> &(<sockaddr_in *> &batch.names[i]).sin_addr
+        message.source_port = &(<sockaddr_in *> &batch.names[i]).sin_port
     else:
         message.source = <const uint8_t *> &(<sockaddr_in6 *> &batch.names[i]).sin6_addr
+        message.source_port = &(<sockaddr_in6 *> &batch.names[i]).sin6_port
     while control != NULL:
         if control.cmsg_level == IPPROTO_IP and control.cmsg_type == IP_TOS:
             message.tos = CMSG_DATA(control)[0]

@@ -17,13 +17,15 @@ cdef enum:
 
 
 def open_receiver(address: str, port: int, *, receive_buffer_bytes: int = 7 << 20, gro: bool = True) -> int:
-    """A bound non-blocking UDP socket which reports each datagram's outer ToS."""
+    """A bound non-blocking UDP socket which reports each datagram's outer ToS. What is sent from it is
+    never fragmented either."""
     sock = bound(address, port)
     try:
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+        never_fragment(sock)
         if gro:
             set_gro(sock.fileno(), True)
         grow(sock, SO_RCVBUFFORCE, socket.SO_RCVBUF, receive_buffer_bytes)
@@ -37,10 +39,7 @@ def open_sender(address: str, *, send_buffer_bytes: int = 7 << 20) -> int:
     """A non-blocking UDP socket on a port of the kernel's choice; it never fragments the outer packet."""
     sock = bound(address, 0)
     try:
-        if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_PMTUDISC_DO)
-        else:
-            sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO)
+        never_fragment(sock)
         grow(sock, SO_SNDBUFFORCE, socket.SO_SNDBUF, send_buffer_bytes)
     except BaseException:
         sock.close()
@@ -66,6 +65,13 @@ def bound(address: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def never_fragment(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_PMTUDISC_DO)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO)
 
 
 def grow(sock: socket.socket, force: int, polite: int, size: int) -> None:

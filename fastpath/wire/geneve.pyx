@@ -3,15 +3,18 @@
 from fastpath.drops import DropReason
 
 
-def encode(vni: int, *, bint partial_checksum=False) -> bytes:
-    """The 8-byte RFC 8926 header for an Ethernet frame, or 12 bytes with the one option we know."""
+def encode(vni: int, *, bint partial_checksum=False, bint control=False) -> bytes:
+    """The 8-byte RFC 8926 header for an Ethernet frame, or 12 bytes with the one option we know; `control`
+    sets the O bit."""
     cdef uint8_t header[GENEVE_PARTIAL_HEADER]
     if not 0 <= vni < 1 << 24:
         raise ValueError(f"vni: {vni} is not in 0..{(1 << 24) - 1}")
     if partial_checksum:
         geneve_encode_partial(header, vni)
+        header[1] |= GENEVE_OAM if control else 0
         return header[:GENEVE_PARTIAL_HEADER]
     geneve_encode(header, vni)
+    header[1] |= GENEVE_OAM if control else 0
     return header[:GENEVE_HEADER]
 
 

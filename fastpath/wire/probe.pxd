@@ -16,6 +16,8 @@ from fastpath.wire.ethernet cimport ETHERNET_HEADER, ETHERNET_TYPE
 cdef enum:
     ETHERTYPE_PROBE = 0x88B5
     PROBE_TAG = 0x706C01          # "pl", version 1; the byte behind it is the kind
+    PROBE_KIND = 3                # where the kind is, behind the Ethernet header
+    PROBE_ROAMING = 0x10          # kinds from here on are authentic by themselves: see forwarder.roaming
     PROBE_BYTES = 64              # tag, kind and fields: every kind is of this length, without padding
 
 
@@ -26,6 +28,11 @@ cdef inline bint is_probe(const uint8_t *frame, size_t length) noexcept nogil:
         and load16(frame + ETHERNET_TYPE) == ETHERTYPE_PROBE
         and load32(frame + ETHERNET_HEADER) >> 8 == PROBE_TAG
     )
+
+
+cdef inline bint is_roaming(const uint8_t *frame) noexcept nogil:
+    """Whether a probe may come from an address that is nobody's yet."""
+    return frame[ETHERNET_HEADER + PROBE_KIND] >= PROBE_ROAMING
 
 
 cdef inline void probe_encode(

@@ -77,6 +77,7 @@ PURE: dict[str, set[str]] = {
     "forwarder.path_search": set(),
     "forwarder.peers": set(),
     "forwarder.probe": set(),
+    "forwarder.roaming": set(),
     "forwarder.reconcile": set(),
     "forwarder.routes": set(),
     "forwarder.rtnetlink": set(),
