@@ -24,6 +24,7 @@ EXTENSIONS = [
     "fastpath.offload.coalesce",
     "fastpath.offload.tunnel",
     "fastpath.table",
+    "fastpath.spin",
     "fastpath.kernel.tap",
     "fastpath.kernel.udp",
     "fastpath.probes",

@@ -23,6 +23,15 @@ cdef extern from "<time.h>" nogil:
         long tv_sec
         long tv_nsec
 
+    enum:
+        CLOCK_MONOTONIC
+
+    int clock_gettime(int clock, timespec *now)
+
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 
 cdef extern from "<sys/epoll.h>" nogil:
     union epoll_data:

@@ -9,8 +9,10 @@ from libc.stdint cimport uint8_t, uint32_t
 
 from fastpath.drops cimport Counters
 from fastpath.kernel.udp cimport BATCH, Received, ReceiveBatch
+from fastpath.linux cimport epoll_event
 from fastpath.probes cimport Probes
 from fastpath.sender cimport Sender
+from fastpath.spin cimport Spin
 from fastpath.table cimport Encapsulation, PeerTable, PrefixTable
 from fastpath.writer cimport Writer
 
@@ -54,8 +56,10 @@ cdef class Pump:
     cdef Counters decap_counters
     cdef uint8_t *arena
     cdef ReceiveBatch *inbox
+    cdef Spin spin
 
     cdef int run_turn(self, long idle_microseconds) noexcept nogil
+    cdef int await_events(self, epoll_event *events, long idle_microseconds) noexcept nogil
     cdef int look_once(self) noexcept nogil
     cdef int run_encap(self, int budget) noexcept nogil
     cdef int encap_frame(self, uint8_t *buffer, size_t length, uint32_t *packets) noexcept nogil

@@ -37,7 +37,8 @@ class Pump:
         """Readable when turn() has something to do. The pump's own: it closes with it."""
     def turn(self, idle_microseconds: int = 0) -> None:
         """Move what is there, both ways in turns, and wait up to `idle_microseconds` each time for more;
-        returns when nothing came, or after a bounded number of rounds. OSError if a descriptor fails."""
+        returns when nothing came, or after a bounded number of rounds. OSError if a descriptor fails.
+        `spin` adds a moment (see fastpath/spin.pxd) to the wait."""
     def encap(self, budget: int = ...) -> int:
         """Read up to `budget` frames from the TAP and send them; how many were read."""
     def decap(self, fd: int, budget: int = ...) -> int:
@@ -48,8 +49,8 @@ class Pump:
         superframes go there from now on, and the host routes them out."""
     @property
     def offloads(self) -> dict[str, bool]:
-        """{name: on} of what the pump can do without: udp_segment, merge_tcp, merge_udp, uplink. One that was
-        on and is off was refused by the kernel."""
+        """{name: on} of what the pump can do without: udp_segment, merge_tcp, merge_udp, uplink, spin. One
+        that was on and is off was refused by the kernel."""
     def set_offload(self, name: str, on: bool) -> None:
         """ValueError if there is no such offload."""
     def send_probe(self, slot: int, flow: int, probe: bytes, packet_bytes: int = ...) -> bool:

@@ -24,7 +24,16 @@ from fastpath.drops cimport (
     count_drop,
     drops_by_name,
 )
-from fastpath.kernel.poll cimport POLL_EVENTS, poll_add, poll_close, poll_open, poll_remove, poll_wait
+from fastpath.kernel.poll cimport (
+    POLL_EVENTS,
+    poll_add,
+    poll_clock,
+    poll_close,
+    poll_open,
+    poll_remove,
+    poll_wait,
+    poll_yield,
+)
 from fastpath.kernel.tap cimport tap_read
 from fastpath.kernel.udp cimport RECEIVE_STRIDE, receive_batch, received
 from fastpath.linux cimport (
@@ -48,6 +57,7 @@ from fastpath.offload.virtio cimport (
     virtio_decode,
 )
 from fastpath.probes cimport Roaming
+from fastpath.spin cimport spin_again, spin_begin, spin_end
 from fastpath.table cimport GENEVE, LOCAL, NO_SLOT, VXLAN, Peer, peer_at
 from fastpath.wire.byteorder cimport load16
 from fastpath.wire.classify cimport Frame, classify_frame, flow_hash
@@ -166,6 +176,7 @@ cdef class Pump:
             "merge_tcp": bool(self.writer.chains.tcp),
             "merge_udp": bool(self.writer.chains.udp),
             "uplink": bool(self.sender.uplink),
+            "spin": bool(self.spin.on),
         }
 
     def set_offload(self, str name not None, bint on):
@@ -180,6 +191,8 @@ cdef class Pump:
             if on and self.sender.uplink_fd < 0:
                 raise ValueError("name: there is no uplink to switch on")
             self.sender.uplink = on
+        elif name == "spin":
+            self.spin.on = on
         else:
             raise ValueError(f"name: {name!r} is not one of {', '.join(self.offloads)}")
 
@@ -269,7 +282,10 @@ cdef class Pump:
         cdef epoll_event events[POLL_EVENTS]
         cdef int _round, ready, i, k, n
         for _round in range(TURN_ROUNDS):
-            ready = poll_wait(self.poll_fd, events, idle_microseconds)
+            if _round:
+                ready = self.await_events(events, idle_microseconds)
+            else:  # what woke the loop is there already, and tells nothing of how packets follow
+                ready = poll_wait(self.poll_fd, events, idle_microseconds)
             if ready == -ENOSYS:  # then without waiting: look at every descriptor once
                 return self.look_once()
             if ready <= 0:
@@ -284,6 +300,20 @@ cdef class Pump:
                 if n < 0:
                     return n
         return 0
+
+    cdef int await_events(self, epoll_event *events, long idle_microseconds) noexcept nogil:
+        """poll_wait(), after a spin if that pays."""
+        cdef int ready = 0
+        cdef bint looking = spin_begin(&self.spin, poll_clock())
+        while looking and ready == 0:
+            ready = poll_wait(self.poll_fd, events, 0)
+            if ready == 0:
+                poll_yield()
+                looking = spin_again(&self.spin, poll_clock())
+        if ready == 0:
+            ready = poll_wait(self.poll_fd, events, idle_microseconds)
+        spin_end(&self.spin, poll_clock(), ready > 0)
+        return ready
 
     cdef int look_once(self) noexcept nogil:
         cdef int k

@@ -1,4 +1,5 @@
-"""What the kernel can spare the data plane, each a switch: the names, and what is said of one that is off.
+"""What makes the data plane faster, most of it by the kernel's help, each a switch: the names, and what is
+said of one that is off.
 
 Pure. An offload is on if it is wanted and the kernel has not refused it; nothing but speed depends on it.
 """
@@ -16,6 +17,7 @@ ABOUT: Final = {
     "merge_tcp": "TCP merged to superframes on the way to the TAP",
     "merge_udp": "UDP merged to superframes on the way to the TAP (Linux 6.2)",
     "uplink": "TCP superframes cut by the kernel inside their tunnel (UDP tunnel GSO, Linux 6.17)",
+    "spin": "a short look for the next packet before sleeping, while packets follow closely",
 }
 
 SWITCHED_OFF: Final = "switched off"

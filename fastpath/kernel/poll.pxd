@@ -1,16 +1,21 @@
 # Waiting for the data plane's descriptors: one epoll set, which an event loop can watch as a whole.
 
+from libc.stdint cimport int64_t
+
 from fastpath.linux cimport (
+    CLOCK_MONOTONIC,
     EPOLL_CLOEXEC,
     EPOLL_CTL_ADD,
     EPOLL_CTL_DEL,
     EPOLLIN,
+    clock_gettime,
     close,
     epoll_create1,
     epoll_ctl,
     epoll_event,
     epoll_pwait2,
     errno,
+    sched_yield,
     timespec,
 )
 
@@ -51,3 +56,15 @@ cdef inline int poll_wait(int poll_fd, epoll_event *events, long microseconds) n
     timeout.tv_nsec = microseconds * 1000
     n = epoll_pwait2(poll_fd, events, POLL_EVENTS, &timeout, NULL)
     return n if n >= 0 else -errno
+
+
+cdef inline void poll_yield() noexcept nogil:
+    """Let another thread that waits for this CPU have it."""
+    sched_yield()
+
+
+cdef inline int64_t poll_clock() noexcept nogil:
+    """Nanoseconds since some moment, for telling how long a wait took."""
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t> now.tv_sec * 1000000000 + now.tv_nsec

@@ -32,9 +32,10 @@ LAYERS = {
     "table": LEAVES | {"wire"},
     "kernel": LEAVES,
     "probes": LEAVES | {"wire"},
+    "spin": set(),
     "sender": LEAVES | {"wire", "offload", "table", "kernel"},
     "writer": LEAVES | {"wire", "offload", "table", "kernel"},
-    "pump": LEAVES | {"wire", "offload", "table", "kernel", "probes", "sender", "writer"},
+    "pump": LEAVES | {"wire", "offload", "table", "kernel", "probes", "spin", "sender", "writer"},
 }
 
 # What reaches a socket, a file, another process or a clock.
