@@ -24,6 +24,8 @@ DRAIN_SECONDS = 0.1
 REACHABLE_SECONDS = 15.0
 PING_BYTES = 64  # as ping sends: 56 bytes behind the ICMP header
 REQUEST_BYTES = 64
+CONGESTION_CONTROL = "cubic"
+"""Linux's own default, whatever this machine's is, so that figures of two machines compare."""
 
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 _RECEIVE_BUFFER_BYTES = 16 << 20
@@ -64,6 +66,7 @@ def tcp(streams: int, pair: Pair, seconds: float) -> Values:
         output = run(
             pair.client,
             *("iperf3", "-c", pair.address, "-P", str(streams), "-t", f"{seconds:.0f}", "-J"),
+            *("-C", CONGESTION_CONTROL),
             seconds=seconds + 20,
         )
         spent = _Cpu.now(pair.forwarders) - before

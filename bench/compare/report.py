@@ -199,7 +199,7 @@ def legend(host: dict[str, Any]) -> str:
     said = (
         f"Medians of {host['rounds']} rounds of {host['seconds']} s each; x: times {YARDSTICK}'s; a-b: the "
         "lowest and the highest round. CPU seconds are for each GB of TCP payload: of the whole machine, and "
-        "of the processes that forward."
+        "of the processes that forward. TCP is cubic."
     )
     if alone := host.get("generator_packets_per_second"):
         most = " and ".join(f"{rate / 1e3:.0f}k ({METRICS[name].title})" for name, rate in alone.items())
