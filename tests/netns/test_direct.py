@@ -207,6 +207,7 @@ def test_it_falls_to_the_tunnel_under_traffic_and_heals(
     assert segment.tunnelled() == before
 
 
+@pytest.mark.slow
 def test_one_way_is_no_way(segment: Segment, netns: Callable[[], Namespace]) -> None:
     """Both leave it, and the node that still hears says that it is not heard."""
     segment.start()

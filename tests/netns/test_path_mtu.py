@@ -132,7 +132,7 @@ def forget_learned(node: Node, underlay: int) -> None:
     node.namespace.ip(f"-{underlay}", "route", "flush", "cache")
 
 
-@pytest.mark.parametrize("uplink", ["off", "on"])
+@pytest.mark.parametrize("uplink", [pytest.param("off", marks=pytest.mark.slow), "on"])
 @pytest.mark.parametrize("inside", [4, 6], ids=["IPv4 inside", "IPv6 inside"])
 @pytest.mark.parametrize("underlay", [4, 6], ids=["IPv4 wire", "IPv6 wire"])
 @pytest.mark.parametrize("place", ["router", "device"])
@@ -176,6 +176,7 @@ table ip hole {{
 """
 
 
+@pytest.mark.slow
 def test_tcp_goes_on_over_a_path_that_drops_silently(network: Network) -> None:
     """Nobody says "too big": padded probes find out what passes, and that it all passes again."""
     require_nft()

@@ -73,6 +73,7 @@ def test_a_node_behind_a_nat_is_found(network: Network, encapsulation: str) -> N
     assert sum(two.ask("drops")["decap"].values()) == two.ask("drops")["decap"]["unknown_peer"]
 
 
+@pytest.mark.slow
 def test_without_it_or_with_another_key_nobody_moves(network: Network) -> None:  # noqa: F811
     start(network, "geneve", ("of this cluster ....", "of another cluster .."))
     _, two = network.nodes

@@ -184,7 +184,7 @@ def test_a_change_costs_what_it_changes() -> None:
     assert seconds(5000) < 10 * seconds(10)
 
 
-@pytest.mark.parametrize("capacity", [50, 60_000])
+@pytest.mark.parametrize("capacity", [50, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_a_hundred_thousand_records_cost_no_more_than_themselves(capacity: int) -> None:
     subject = registry(capacity)
     junk = {f"k{number}": peer(number % 1000 + 2) for number in range(100_000)}
