@@ -302,25 +302,25 @@ def test_a_node_added_later_is_reached_within_five_seconds_of_ready(deployed: De
     one, late = cluster.nodes[0], cluster.spare
     assert not is_ready(cluster.get("node", late.name))
     gateway = str(late.pod_cidr()).replace(".0/24", ".1")
-    put(cluster, client("asker", one))
-    cluster.kubectl("wait", "--for=condition=Ready", "pod/asker", "--timeout=90s")
+    put(cluster, client("watcher", one))
+    cluster.kubectl("wait", "--for=condition=Ready", "pod/watcher", "--timeout=90s")
     ping = f"ping -c 1 -W 1 {gateway}"
-    assert "100% packet loss" in in_pod(cluster, "asker", ping)
+    assert "100% packet loss" in in_pod(cluster, "watcher", ping)
     deployed.start(late)
     try:
         until(lambda: is_ready(cluster.get("node", late.name)), "the node Ready", 60)
         ready_at = time.monotonic()
-        until(lambda: ", 0% packet loss" in in_pod(cluster, "asker", ping), "the node", 5)
+        until(lambda: ", 0% packet loss" in in_pod(cluster, "watcher", ping), "the node", 5)
         print(f"reached {time.monotonic() - ready_at:.1f} s after it was Ready")  # noqa: T201
         put(cluster, client("newcomer", late))
         cluster.kubectl("wait", "--for=condition=Ready", "pod/newcomer", "--timeout=90s")
         address = cluster.get("pod", "newcomer")["status"]["podIP"]
-        assert ", 0% packet loss" in in_pod(cluster, "asker", f"ping -c 3 -W 5 {address}")
-        back = cluster.get("pod", "asker")["status"]["podIP"]
+        assert ", 0% packet loss" in in_pod(cluster, "watcher", f"ping -c 3 -W 5 {address}")
+        back = cluster.get("pod", "watcher")["status"]["podIP"]
         assert ", 0% packet loss" in in_pod(cluster, "newcomer", f"ping -c 3 -W 5 {back}")
         assert API_SERVICE in in_pod(cluster, "newcomer", "nslookup kubernetes.default.svc.cluster.local")
     finally:
-        cluster.kubectl("delete", "pod", "asker", "newcomer", "--ignore-not-found")
+        cluster.kubectl("delete", "pod", "watcher", "newcomer", "--ignore-not-found")
         deployed.stop(late)
         cluster.kubectl("annotate", "node", late.name, "podloom.dev/endpoints-")
 
