@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
+from forwarder import rtnetlink
 from forwarder.reconcile import ROUTE_PROTOCOL
 
 RECEIVE_BYTES: Final = 1 << 16
@@ -34,14 +34,13 @@ GROUPS: Final = (
     | RTMGRP_IPV6_ROUTE
 )
 
-_HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _DESTINATION_LENGTH, _PROTOCOL = 1, 5  # in struct rtmsg
 
 
 def concerns(datagram: bytes, marks: Collection[bytes]) -> bool:
     """Whether a change in it can be one of a link, an address, a default route, a route of ours that went, or
     a neighbour with one of the marks: addresses and MACs that are ours alone. Pure."""
-    return any(_concerns(kind, body, marks) for kind, body in _messages(datagram))
+    return any(_concerns(kind, body, marks) for kind, body, _ in rtnetlink.split(datagram))
 
 
 def _concerns(kind: int, body: bytes, marks: Collection[bytes]) -> bool:
@@ -53,16 +52,6 @@ def _concerns(kind: int, body: bytes, marks: Collection[bytes]) -> bool:
     if kind in (RTM_NEWNEIGH, RTM_DELNEIGH):
         return any(mark in body for mark in marks)
     return kind in (RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR)
-
-
-def _messages(datagram: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + _HEADER.size <= len(datagram):
-        length, kind, _, _, _ = _HEADER.unpack_from(datagram, offset)
-        if length < _HEADER.size:
-            return
-        yield kind, datagram[offset + _HEADER.size : offset + length]
-        offset += (length + 3) & ~3
 
 
 class LinkEvents:

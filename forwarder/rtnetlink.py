@@ -103,12 +103,9 @@ def dump_addresses(version: int) -> bytes:
 
 def messages(data: bytes) -> Iterator[Message]:
     """Those in what one receive gave that are of a kind named here."""
-    offset = 0
-    while offset + _HEADER.size <= len(data):
-        length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
-        if not _HEADER.size <= length <= len(data) - offset:
+    for kind, body, whole in split(data):
+        if not whole:
             return
-        body = data[offset + _HEADER.size : offset + length]
         if kind in (_NEWROUTE, _DELROUTE):
             yield _route(body, added=kind == _NEWROUTE)
         elif kind in (_NEWLINK, _DELLINK):
@@ -119,6 +116,16 @@ def messages(data: bytes) -> Iterator[Message]:
             yield Refused(_ERROR.unpack_from(body)[0])
         elif kind == _NLMSG_DONE:
             yield Done()
+
+
+def split(data: bytes) -> Iterator[tuple[int, bytes, bool]]:
+    """Type and body of each message in what one receive gave, and whether the body is whole."""
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
+        if length < _HEADER.size:
+            return
+        yield kind, data[offset + _HEADER.size : offset + length], length <= len(data) - offset
         offset += (length + 3) & ~3
 
 
