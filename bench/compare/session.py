@@ -78,6 +78,7 @@ class Session:
                 try:
                     pair = own.enter_context(SYSTEMS[name].join(f"compare-{os.getpid():x}-{number}", wire))
                     measure.wait_reachable(pair)
+                    measure.fix_congestion_control(pair)
                 except (LabError, OSError) as error:
                     self._trouble(wire, name, None, error)
                     self._done += len(self._options.measurements) * self._options.rounds
