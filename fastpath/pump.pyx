@@ -274,6 +274,11 @@ cdef class Pump:
         """What each direction received, forwarded and dropped, by reason."""
         return {"encap": counters_dict(&self.encap_counters), "decap": counters_dict(&self.decap_counters)}
 
+    @property
+    def delivered_bytes(self):
+        """Of packets that were written to the TAP."""
+        return self.decap_counters.forwarded_bytes
+
     def drops(self):
         """{"encap": {reason: n}, "decap": {reason: n}}, every reason present."""
         return {"encap": drops_by_name(&self.encap_counters), "decap": drops_by_name(&self.decap_counters)}

@@ -138,6 +138,7 @@ class OffloadConfig:
     merge_tcp: bool = True
     merge_udp: bool = True
     uplink: str = "auto"
+    threaded_napi: bool = True
     spin: bool = True
 
 
@@ -428,6 +429,8 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 # What the kernel may spare the data plane; it is probed, and `podloom status` says what is on and why
 # not. They change nothing but speed, and can be changed while the daemon runs (podloom offload).
 # uplink: "auto" uses it where the underlay's device cuts tunnels itself, "on" wherever it works.
+# threaded_napi: a thread of the kernel's takes what is written to the TAP further, while packets come in
+# bulk; the rest goes without its wake.
 # spin: look for the next packet for a moment before sleeping, while packets follow closely; a busy CPU
 # for shorter round trips.
 {_offload_lines()}

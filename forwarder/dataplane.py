@@ -22,6 +22,7 @@ from fastpath.pump import Pump
 from fastpath.table import LOCAL_SLOT, MAX_PEERS, PeerTable, PrefixTable
 from fastpath.wire import geneve, vxlan
 from forwarder.addresses import Address, Network
+from forwarder.delivery import Delivery
 from forwarder.offloads import ABOUT, Offload, judge
 from forwarder.peers import (
     AllowSource,
@@ -115,6 +116,7 @@ class DataPlane:
         with ExitStack() as undo:
             undo.enter_context(self._descriptors)
             self._pump = self._open(settings)
+            self._delivery = Delivery(tap_fd, lambda: self._pump.delivered_bytes)
             for name, on in settings.offloads.items():
                 self.set_offload(name, on)
             undo.pop_all()
@@ -192,7 +194,8 @@ class DataPlane:
         self._stop()
         os.dup2(tap_fd, self._tap_fd, inheritable=False)
         self._pump.watch_tap()
-        for name in ("tso", "uso"):
+        self._delivery.forget()
+        for name in ("tso", "uso", "threaded_napi"):
             self.set_offload(name, self._wanted[name])
         if running or self._broken:
             self.start()
@@ -213,6 +216,7 @@ class DataPlane:
             self._broken = True
             self._on_failure(DataPlaneError(f"the data plane stopped: {error.strerror}; start podloom again"))
             return
+        self._delivery.turned()
         if probes := self._pump.take_probes():
             self.on_probes(probes)
 
@@ -224,6 +228,7 @@ class DataPlane:
     def close(self) -> None:
         """Stop forwarding and give the sockets back; the TAP stays open."""
         self._stop()
+        self._delivery.stop()
         self._descriptors.close()
 
     def apply(self, changes: Iterable[Change]) -> None:
@@ -282,6 +287,8 @@ class DataPlane:
                 set_offloads(self._tap_fd, checksum=True, tso=self._uses("tso"), uso=self._uses("uso"))
             elif name == "uplink":
                 self._switch_uplink(on)
+            elif name == "threaded_napi":
+                self._delivery.allow(on)
             elif name == "udp_gro":
                 for sockets in self._sockets.values():
                     for descriptor in sockets.receivers:
@@ -323,6 +330,8 @@ class DataPlane:
         refusals = {**given_up, **self._refusals}
         if self._uplink_fault is not None:
             refusals["uplink"] = self._uplink_fault
+        if self._delivery.refusal is not None:
+            refusals["threaded_napi"] = self._delivery.refusal
         return {name: judge(self._wanted[name], refusals.get(name)) for name in ABOUT}
 
     def counters(self) -> dict[str, dict[str, int]]:

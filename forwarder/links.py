@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import pytun
 from pyroute2 import Ethtool, IPRoute
+from pyroute2.ethtool.ioctl import IoctlEthtool
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 from forwarder.addresses import VIRTUAL_ROUTER, Address, format_mac
@@ -76,6 +77,7 @@ RTAX_MTU = 2
 RT_TABLE_MAIN = 254
 RTN_UNICAST = 1
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
+IFF_NAPI = 0x10  # linux/if_tun.h, Linux 4.15; older ones ignore it
 TUNSETTXFILTER = 0x400454D1  # linux/if_tun.h; takes a struct tun_filter: flags, count, MACs
 IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 
@@ -99,8 +101,9 @@ def bridge_netfilter() -> bool:
 
 def open_tap(name: str, node_id: str, router_mac: bytes) -> Any:
     """The node's TAP, as `open_device`. It reads as frames to the router MAC."""
-    tap = open_device(name, node_id)
+    tap = open_device(name, node_id, IFF_NAPI)
     try:
+        _merge_nothing(name)
         # The host's own multicast and ARP are flooded to every port whatever its flags say; without
         # this each would wake the pump only to be dropped.
         fcntl.ioctl(tap.fileno(), TUNSETTXFILTER, struct.pack("=HH6s", 0, 1, router_mac))
@@ -110,7 +113,18 @@ def open_tap(name: str, node_id: str, router_mac: bytes) -> Any:
     return tap
 
 
-def open_device(name: str, node_id: str) -> Any:
+def _merge_nothing(name: str) -> None:
+    """Switch off GRO, which comes with NAPI. What may be merged the pump has merged."""
+    device = IoctlEthtool(name)
+    try:
+        features = device.get_features()
+        features.set_value("rx-gro", False)
+        device.set_features(features)
+    finally:
+        device.close()
+
+
+def open_device(name: str, node_id: str, extra_flags: int = 0) -> Any:
     """The pytun device of a TAP with our mark on it, non-blocking, gone when it is closed; each frame is
     behind a virtio_net_hdr (IFF_VNET_HDR)."""
     with _netlink() as netlink:
@@ -120,7 +134,9 @@ def open_device(name: str, node_id: str) -> Any:
                 f"link {name} was not made by podloom: remove it or choose another name in [links]"
             )
         try:
-            tap = pytun.TunTapDevice(name=name, flags=pytun.IFF_TAP | pytun.IFF_NO_PI | pytun.IFF_VNET_HDR)
+            tap = pytun.TunTapDevice(
+                name=name, flags=pytun.IFF_TAP | pytun.IFF_NO_PI | pytun.IFF_VNET_HDR | extra_flags
+            )
         except (OSError, pytun.Error) as error:
             raise LinkError(_tap_failure(name, error)) from error
         try:

@@ -28,7 +28,9 @@ READY_SECONDS = 10.0
 
 # The rungs: what of [offload] differs from the default.
 RUNGS = {
-    "plain": dict.fromkeys(("tso", "uso", "udp_segment", "udp_gro", "merge_tcp", "merge_udp"), "false")
+    "plain": dict.fromkeys(
+        ("tso", "uso", "udp_segment", "udp_gro", "merge_tcp", "merge_udp", "threaded_napi"), "false"
+    )
     | {"uplink": '"off"'},
     "gso": {"uplink": '"off"'},
     "uplink": {"uplink": '"on"'},

@@ -73,6 +73,7 @@ IMPURE = {
 # pure module: what its one impure function (`config.load`) may use all the same
 PURE: dict[str, set[str]] = {
     "forwarder.bfd": set(),
+    "forwarder.bulk": set(),
     "forwarder.config": {"pathlib"},
     "forwarder.health": set(),
     "forwarder.path_search": set(),

@@ -138,6 +138,7 @@ def test_status_says_what_there_is(node: Node) -> None:
         "merge_tcp",
         "merge_udp",
         "uplink",
+        "threaded_napi",
         "spin",
     }
     for offload in volatile["offloads"].values():
