@@ -68,7 +68,7 @@ class NodeNetwork:
     prefixes: tuple[IpNetwork, ...]
     gateways: tuple[IpAddress, ...]
     cluster_cidrs: tuple[IpNetwork, ...]
-    gso_max_segs: int | None = None  # None: leave the kernel's default
+    gso_max_segs: int | None = None  # of what pods send; None: leave the kernel's default
     dns: Mapping[str, Any] = field(default_factory=dict)  # for pods whose configuration gives none
     tunnel_ports: tuple[int, ...] = (6081, 4789, 8472)  # UDP; pods may not send to them on nodes
     tap: str = ""  # the bridge's port to the other nodes; empty: not looked at
@@ -119,7 +119,8 @@ def add(
         given = _reserve(request, conf, network, store, clock())
         mac = conf.mac or (_mac_of(given.leases) if given else _mac("02", _digest(attachment)))
 
-        ours = VethEnd(host_ifname_of(attachment), _mac_of_port(attachment), mtu, network.gso_max_segs)
+        # What comes to the pod was merged by rules of others': no limit, or it would be cut again.
+        ours = VethEnd(host_ifname_of(attachment), _mac_of_port(attachment), mtu)
         theirs = VethEnd(request.ifname, mac, mtu, network.gso_max_segs)
         undo.callback(delete_port, attachment, host)
         host.add_veth(ours, theirs, netns_fd, bridge.index)

@@ -48,7 +48,7 @@ def reattach(
                     host.set_link(port.name, master=bridge.index)
                     host.set_port_up(port.name, alias_of(record.attachment))
                 if mtu != port.mtu:
-                    host.set_link(port.name, mtu=mtu, gso_max_segs=network.gso_max_segs)
+                    host.set_link(port.name, mtu=mtu)
                     waiting[port.index] = record, mtu
             except OSError as error:
                 faults.append(str(error))

@@ -167,7 +167,7 @@ class Daemon:
             for operation in await asyncio.to_thread(links.ensure, wiring):
                 log.debug("%s", operation)
             await self._open_uplink(stack, wiring)
-            self._cni = CniService(node_network(self._config, wiring), self._config.node.state_dir)
+            self._cni = CniService(self._network(wiring), self._config.node.state_dir)
             stack.callback(self._cni.close)
             await self._meet_peers(stack, source, wiring, mtus)
             self._upkeep = Upkeep(
@@ -344,8 +344,11 @@ class Daemon:
         """Bring the pods there are, and those to come, to the bridge as it is now."""
         if self._direct is not None:
             self._direct.resize(wiring.mtu_bytes)
-        for fault in self._cni.reattach(node_network(self._config, wiring)):
+        for fault in self._cni.reattach(self._network(wiring)):
             log.error("%s", fault)
+
+    def _network(self, wiring: Wiring) -> NodeNetwork:
+        return node_network(self._config, wiring, uplink=self._dataplane.offloads()["uplink"].on)
 
     # Reload
 
@@ -541,7 +544,10 @@ def set_masquerade(config: Config, wiring: Wiring) -> None:
         masquerade.remove(wiring)
 
 
-def node_network(config: Config, wiring: Wiring) -> NodeNetwork:
+def node_network(config: Config, wiring: Wiring, *, uplink: bool) -> NodeNetwork:
+    # One superframe of a pod is then one send: more segments would not fit into one datagram. The uplink
+    # takes superframes of any length.
+    gso_max_segs = MAX_DATAGRAM_BYTES // (wiring.mtu_bytes + INNER_HEADER_BYTES + OPTION_BYTES)
     return NodeNetwork(
         dns=dns_result(config, wiring),
         bridge=wiring.bridge,
@@ -549,8 +555,7 @@ def node_network(config: Config, wiring: Wiring) -> NodeNetwork:
         prefixes=wiring.usable_prefixes,
         gateways=tuple(gateway_of(prefix) for prefix in wiring.usable_prefixes),
         cluster_cidrs=wiring.cluster_cidrs,
-        # One superframe of a pod is then one send: more segments would not fit into one datagram.
-        gso_max_segs=MAX_DATAGRAM_BYTES // (wiring.mtu_bytes + INNER_HEADER_BYTES + OPTION_BYTES),
+        gso_max_segs=None if uplink else gso_max_segs,
         tunnel_ports=config.tunnel.ports,
         tap=wiring.tap,
         serves_names=config.names.enabled,

@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str], systems: Iterable[str]) -> Options:
     )
     parser.add_argument("--rounds", metavar="N", type=_count(MAX_ROUNDS), default=5, help="default: 5")
     parser.add_argument(
-        "--seconds", metavar="S", type=_count(MAX_SECONDS), default=3, help="of each measurement; default: 3"
+        "--seconds", metavar="S", type=_count(MAX_SECONDS), default=1, help="of each measurement; default: 1"
     )
     parser.add_argument(
         "--output",

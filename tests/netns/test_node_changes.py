@@ -30,9 +30,9 @@ WORKER_DESCRIPTORS = 24
 
 
 @contextmanager
-def two_nodes(source: str, device: str = "", underlay: str = "ipv4") -> Iterator[Lab]:
+def two_nodes(source: str, device: str = "", underlay: str = "ipv4", extra_config: str = "") -> Iterator[Lab]:
     """Two nodes with a pod each. `device` is the first one's, which has its address of the underlay else."""
-    with new_lab(source=source, underlay=underlay) as lab:
+    with new_lab(source=source, underlay=underlay, extra_config=extra_config) as lab:
         for _ in range(2):
             lab.add_node()
         one, two = lab.nodes
@@ -234,7 +234,7 @@ def set_underlay_mtu(lab: Lab, mtu_bytes: int) -> None:
 
 
 def test_an_mtu_that_changes_reaches_the_pods() -> None:
-    with two_nodes("static") as lab, undisturbed(lab):
+    with two_nodes("static", extra_config='[offload]\nuplink = "off"\n') as lab, undisturbed(lab):
         one = lab.nodes[0]
         one_pod, other_pod = lab.pods
 

@@ -163,7 +163,7 @@ DEFAULTS = options.Options(
     systems=SYSTEMS,
     measurements=options.MEASUREMENTS,
     rounds=5,
-    seconds=3,
+    seconds=1,
     output=Path("bench-results"),
     json=Path("bench-results/compare.json"),
 )
@@ -180,7 +180,7 @@ class TestOptions:
             ("--systems wireguard-go", replace(DEFAULTS, systems=("wireguard-go",))),
             ("--systems podloom-gso", replace(DEFAULTS, systems=SYSTEMS[1:3])),
             ("--systems pod,kernel", replace(DEFAULTS, systems=SYSTEMS[:3])),
-            ("--rounds 3 --seconds 1", replace(DEFAULTS, rounds=3, seconds=1)),
+            ("--rounds 3 --seconds 2", replace(DEFAULTS, rounds=3, seconds=2)),
             ("--output d", replace(DEFAULTS, output=Path("d"), json=Path("d/compare.json"))),
             ("--output d --json f", replace(DEFAULTS, output=Path("d"), json=Path("f"))),
         ],
