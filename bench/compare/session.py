@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -88,9 +89,12 @@ class Session:
         return pairs
 
     def _measure(self, wire: str, number: int, name: str, pairs: dict[str, Pair]) -> None:
-        """One measurement of each system in turn, so that what is compared lies close together in time."""
+        """One measurement of each system in turn, so that what is compared lies close together in time.
+        Each round has an order of its own, the same in every run: none always comes after the same one."""
         said = []
-        for system, pair in pairs.items():
+        order = list(pairs.items())
+        random.Random(number).shuffle(order)  # noqa: S311 (nothing depends on its being hard to guess)
+        for system, pair in order:
             self._step(f"wire {wire}, round {number + 1}: {name} of {system}", self._done)
             try:
                 values = MEASURE[name](pair, self._options.seconds)
