@@ -93,7 +93,7 @@ class Session:
         Each round has an order of its own, the same in every run: none always comes after the same one."""
         said = []
         order = list(pairs.items())
-        random.Random(number).shuffle(order)  # noqa: S311 (nothing depends on its being hard to guess)
+        random.Random(number).shuffle(order)
         for system, pair in order:
             self._step(f"wire {wire}, round {number + 1}: {name} of {system}", self._done)
             try:
