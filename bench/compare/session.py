@@ -91,7 +91,7 @@ class Session:
     def _measure(self, wire: str, number: int, name: str, pairs: dict[str, Pair]) -> None:
         """One measurement of each system in turn, so that what is compared lies close together in time.
         Each round has an order of its own, the same in every run: none always comes after the same one."""
-        said = []
+        measured: dict[str, measure.Values] = {}
         order = list(pairs.items())
         random.Random(number).shuffle(order)
         for system, pair in order:
@@ -101,11 +101,15 @@ class Session:
             except (LabError, OSError) as error:
                 self._trouble(wire, system, name, error)
             else:
+                measured[system] = values
+            self._done += 1
+        said = []
+        for system in pairs:
+            if values := measured.get(system, {}):
                 self.samples += [
                     Sample(wire, system, metric, number, value) for metric, value in values.items()
                 ]
                 said.append(f"{system} {next(iter(values.values())):.4g}")
-            self._done += 1
         self._tell(f"wire {wire}, round {number + 1}, {name}: {', '.join(said)}")
 
     def _trouble(self, wire: str, system: str, metric: str | None, error: Exception) -> None:
