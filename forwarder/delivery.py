@@ -104,7 +104,8 @@ def set_threaded(tap_fd: int, on: bool) -> None:
     says: EOPNOTSUPP of a TAP without NAPI."""
     if on:
         fcntl.ioctl(tap_fd, TUNSETSNDBUF, struct.pack("i", QUEUE_BYTES))
-    sysfs.write(f"class/net/{name_of(tap_fd)}/threaded", "1" if on else "0")
+    with sysfs.opened(f"class/net/{name_of(tap_fd)}/threaded", os.O_WRONLY) as attribute:
+        os.write(attribute, b"1" if on else b"0")
     if not on:
         fcntl.ioctl(tap_fd, TUNSETSNDBUF, struct.pack("i", UNBOUNDED))
 

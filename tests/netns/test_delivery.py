@@ -27,9 +27,14 @@ pytestmark = [pytest.mark.root, pytest.mark.usefixtures("tun")]
 
 ROUTER_MAC = bytes.fromhex("02706c000009")
 TUNGETSNDBUF = 0x800454D3  # linux/if_tun.h
-ATTRIBUTE = "class/net/loom-tap/threaded"
 PACKETS = 3_000
 SECONDS = 10.0
+
+
+def read(attribute: str) -> str:
+    """Of the TAP, in sysfs."""
+    with sysfs.opened(f"class/net/loom-tap/{attribute}", os.O_RDONLY) as descriptor:
+        return os.read(descriptor, 64).decode().strip()
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Tap:
 
     @property
     def threaded(self) -> bool:
-        return sysfs.read(ATTRIBUTE) == "1"
+        return read("threaded") == "1"
 
     @property
     def bound(self) -> int:
@@ -148,7 +153,7 @@ def test_packets_arrive_whole_and_in_order_while_the_thread_comes_and_goes(tap: 
         receiver.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
         receiver.bind(("10.42.1.1", 7))
         receiver.settimeout(SECONDS)
-        packet = Ether(dst=mac_of("loom-tap")) / IP(src="10.42.1.7", dst="10.42.1.1") / UDP(dport=7, chksum=0)
+        packet = Ether(dst=read("address")) / IP(src="10.42.1.7", dst="10.42.1.1") / UDP(dport=7, chksum=0)
         head = bytes(packet / bytes(4))[:-4]
         for number in range(PACKETS):
             if number % 100 == 0:
@@ -156,7 +161,3 @@ def test_packets_arrive_whole_and_in_order_while_the_thread_comes_and_goes(tap: 
             os.write(tap.fd, bytes(VNET_HEADER_SIZE) + head + struct.pack("!I", number))
         received = [struct.unpack("!I", receiver.recv(64))[0] for _ in range(PACKETS)]
     assert received == list(range(PACKETS))
-
-
-def mac_of(name: str) -> str:
-    return sysfs.read(f"class/net/{name}/address")

@@ -18,22 +18,14 @@ from forwarder.peers import Change, Local, PeerRecord, SetPath
 from forwarder.probing import Probing
 from forwarder.reconcile import Wiring
 from forwarder.roaming import Roaming
+from tests.unit.test_peers import peer
 
 CIDR = ip_network("10.42.0.0/16")
 NAT = ip_address("203.0.113.9")
 
 
 def record(number: int, **more: Any) -> PeerRecord:
-    sound = PeerRecord(
-        id=f"n{number}",
-        endpoints=(ip_address(f"192.0.2.{number}"),),
-        port=6081,
-        encapsulation="geneve",
-        vni=1,
-        router_mac=bytes([2, 0, 0, 0, 0, number]),
-        prefixes=(ip_network(f"10.42.{number}.0/24"),),
-        features=("health", "roaming"),
-    )
+    sound = peer(number, prefixes=(ip_network(f"10.42.{number}.0/24"),), features=("health", "roaming"))
     return replace(sound, **more)
 
 
