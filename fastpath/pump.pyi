@@ -72,7 +72,7 @@ class Pump:
         Each direction has "received", "forwarded", "forwarded_bytes", and "drops": {reason: n}; and beside
         them "probes", sent or heard."""
     @property
-    def delivered_bytes(self) -> int:
-        """Bytes of the packets that were written to the TAP."""
+    def moved_bytes(self) -> int:
+        """Bytes of the packets that were forwarded, either way."""
     def drops(self) -> dict[str, dict[str, int]]:
         """{"encap": {reason: n}, "decap": {reason: n}}, every reason present, names in lower case."""

@@ -275,9 +275,9 @@ cdef class Pump:
         return {"encap": counters_dict(&self.encap_counters), "decap": counters_dict(&self.decap_counters)}
 
     @property
-    def delivered_bytes(self):
-        """Of packets that were written to the TAP."""
-        return self.decap_counters.forwarded_bytes
+    def moved_bytes(self):
+        """Of packets that were forwarded, either way."""
+        return self.encap_counters.forwarded_bytes + self.decap_counters.forwarded_bytes
 
     def drops(self):
         """{"encap": {reason: n}, "decap": {reason: n}}, every reason present."""

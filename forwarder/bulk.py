@@ -1,4 +1,4 @@
-"""Whether packets come in bulk. Pure: looks at a count of bytes, now and then.
+"""Whether bytes move in bulk. Pure: looks at a count of them, now and then.
 
 What is dear for each packet and cheap for each byte pays then, and otherwise not.
 """
@@ -20,17 +20,17 @@ CALM_SECONDS: Final = 0.3
 @dataclass(slots=True)
 class Bulk:
     on: bool = False
-    moving: bool = False  # anything came since the look before
+    moving: bool = False  # anything moved since the look before
     seen_bytes: int = 0
     looked: float = float("-inf")
     busy: float = float("-inf")
 
     def look(self, now: float, total_bytes: int) -> bool:
-        """Whether bytes come in bulk now, in seconds of a clock that nobody sets. The count only grows."""
-        came = total_bytes - self.seen_bytes
-        if came >= BULK_BYTES_PER_SECOND * (now - self.looked):
+        """Whether bytes move in bulk now, in seconds of a clock that nobody sets. The count only grows."""
+        moved = total_bytes - self.seen_bytes
+        if moved >= BULK_BYTES_PER_SECOND * (now - self.looked):
             self.busy = now
-        self.moving = came > 0
+        self.moving = moved > 0
         self.seen_bytes, self.looked = total_bytes, now
         self.on = now - self.busy < CALM_SECONDS
         return self.on

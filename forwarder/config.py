@@ -429,7 +429,7 @@ prefixes = ["10.42.1.0/24", "fd42:0:0:1::/64"]
 # What the kernel may spare the data plane; it is probed, and `podloom status` says what is on and why
 # not. They change nothing but speed, and can be changed while the daemon runs (podloom offload).
 # uplink: "auto" uses it where the underlay's device cuts tunnels itself, "on" wherever it works.
-# threaded_napi: a thread of the kernel's takes what is written to the TAP further, while packets come in
+# threaded_napi: a thread of the kernel's takes what is written to the TAP further, while bytes move in
 # bulk; the rest goes without its wake.
 # spin: look for the next packet for a moment before sleeping, while packets follow closely; a busy CPU
 # for shorter round trips.

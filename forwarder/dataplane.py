@@ -116,7 +116,7 @@ class DataPlane:
         with ExitStack() as undo:
             undo.enter_context(self._descriptors)
             self._pump = self._open(settings)
-            self._delivery = Delivery(tap_fd, lambda: self._pump.delivered_bytes)
+            self._delivery = Delivery(tap_fd, lambda: self._pump.moved_bytes)
             for name, on in settings.offloads.items():
                 self.set_offload(name, on)
             undo.pop_all()

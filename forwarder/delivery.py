@@ -1,7 +1,9 @@
 """How packets get on that we write to the TAP: on the way of the write itself, or in a thread of the kernel's
 (threaded NAPI, Linux 5.12), which costs the single packet a wake and takes half the work of many off ours.
 
-So there is a thread while packets come in bulk. The event loop's; what blocks runs beside it.
+So there is a thread while bytes move in bulk, either way: on a node that sends, acknowledgements come back,
+and each lets a pod send more, which would be the write's work too. The event loop's;
+what blocks runs beside it.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ QUEUE_BYTES: Final = 16 << 20
 class Delivery:
     """`turned` is told of each turn of the pump; the rest follows."""
 
-    def __init__(self, tap_fd: int, delivered_bytes: Callable[[], int]) -> None:
-        """`tap_fd` is borrowed. `delivered_bytes` is asked for a count that only grows."""
+    def __init__(self, tap_fd: int, moved_bytes: Callable[[], int]) -> None:
+        """`tap_fd` is borrowed. `moved_bytes` is asked for a count that only grows."""
         self.refusal: str | None = None
         self._tap_fd = tap_fd
-        self._delivered_bytes = delivered_bytes
+        self._moved_bytes = moved_bytes
         self._allowed = False
         self._bulk = Bulk()
         self._threaded = False
@@ -67,7 +69,7 @@ class Delivery:
 
     def _look_at_load(self) -> None:
         self._look = None
-        bulk = self._bulk.look(asyncio.get_running_loop().time(), self._delivered_bytes())
+        bulk = self._bulk.look(asyncio.get_running_loop().time(), self._moved_bytes())
         self._settle_soon()
         if bulk or self._bulk.moving:
             self.turned()

@@ -17,7 +17,7 @@ ABOUT: Final = {
     "merge_tcp": "TCP merged to superframes on the way to the TAP",
     "merge_udp": "UDP merged to superframes on the way to the TAP (Linux 6.2)",
     "uplink": "TCP superframes cut by the kernel inside their tunnel (UDP tunnel GSO, Linux 6.17)",
-    "threaded_napi": "a kernel thread behind the TAP while packets come in bulk (Linux 5.12)",
+    "threaded_napi": "a kernel thread behind the TAP while bytes move in bulk (Linux 5.12)",
     "spin": "a short look for the next packet before sleeping, while packets follow closely",
 }
 

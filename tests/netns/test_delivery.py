@@ -1,4 +1,4 @@
-"""The thread behind a real TAP: there while packets come in bulk, and nothing is lost by it."""
+"""The thread behind a real TAP: there while bytes move in bulk, and nothing is lost by it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def tap(netns: Callable[[], Namespace]) -> Iterator[Tap]:
 
 
 class Counter:
-    """Bytes that come in bulk for as long as it is asked to."""
+    """Bytes that move in bulk for as long as it is asked to."""
 
     def __init__(self) -> None:
         self.total = 0

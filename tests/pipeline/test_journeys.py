@@ -237,6 +237,7 @@ class TestAcross:
                 20,
                 total,
             )
+            assert node.pump.moved_bytes == total
 
     def test_a_refused_segmentation_loses_and_doubles_nothing(
         self, make_node: MakeNode, encapsulation: str, inner: int

@@ -1,4 +1,4 @@
-"""When packets come in bulk."""
+"""When bytes move in bulk."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ MUCH = 2 * LITTLE + 1
 CALM_LOOKS = int(CALM_SECONDS / LOOK_SECONDS)
 
 
-def looks(came: list[int], apart: float = LOOK_SECONDS) -> list[bool]:
-    """What each look says, if so many bytes came since the one before."""
+def looks(moved: list[int], apart: float = LOOK_SECONDS) -> list[bool]:
+    """What each look says, if so many bytes moved since the one before."""
     bulk, total = Bulk(), 0
     said = []
-    for number, count in enumerate(came):
+    for number, count in enumerate(moved):
         total += count
         said.append(bulk.look(1000.0 + number * apart, total))
     return said
 
 
 @pytest.mark.parametrize(
-    ("came", "said"),
+    ("moved", "said"),
     [
         pytest.param([MUCH], [False], id="the first look: nobody knows since when"),
         pytest.param([0, MUCH, MUCH], [False, True, True], id="bulk"),
@@ -31,8 +31,8 @@ def looks(came: list[int], apart: float = LOOK_SECONDS) -> list[bool]:
         pytest.param([0, MUCH, 0, MUCH], [False, True, True, True], id="a short lull changes nothing"),
     ],
 )
-def test_looks(came: list[int], said: list[bool]) -> None:
-    assert looks(came) == said
+def test_looks(moved: list[int], said: list[bool]) -> None:
+    assert looks(moved) == said
 
 
 def test_it_is_over_when_it_has_been_calm_for_long_enough() -> None:
