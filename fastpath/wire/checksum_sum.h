@@ -9,7 +9,7 @@
 #include <string.h>
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
-#define PODLOOM_CLONES __attribute__((target_clones("avx2", "default")))
+#define PODLOOM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PODLOOM_CLONES
 #endif
