@@ -19,8 +19,7 @@ MAC = bytes(6)
 @pytest.mark.parametrize("protocol", [TCP, UDP], ids=["TCP", "UDP"])
 @pytest.mark.parametrize("partial", [False, True], ids=["whole checksums", "partial checksums"])
 def test_segment(per_packet: PerPacket, protocol: int, family: int, partial: bool) -> None:
-    """A superframe of 44 segments: their headers and checksums. The payload is read for the latter, and
-    stays where it is."""
+    """A superframe of 44 segments: headers, payload, checksums."""
     header, frame = traffic.superframe(protocol, family, MAC, MAC)
     packets = SUPERFRAME_SEGMENTS * PASSES
     count = per_packet(

@@ -28,7 +28,7 @@ from fastpath.offload.coalesce cimport (
     coalesce_reset,
 )
 from fastpath.offload.plan cimport RUN_MAX_SEGMENTS, Run, run_accepts, run_begin, run_extend
-from fastpath.offload.segment cimport SEGMENT_HEADERS, Superframe, segment_header, segment_open
+from fastpath.offload.segment cimport SEGMENT_HEADERS, Superframe, segment_bytes, segment_open, segment_write
 from fastpath.offload.virtio cimport VnetHeader, virtio_complete_checksum, virtio_decode
 from fastpath.table cimport PrefixTable
 from fastpath.wire.checksum cimport sum_add, sum_fold
@@ -157,10 +157,11 @@ def lookup(PrefixTable table not None, const uint8_t[:, ::1] addresses not None,
 
 
 def segment(Packets superframe not None, bytes header not None, bint partial, int passes):
-    """The headers of every segment that the one superframe is cut into; how many segments. `partial` leaves
-    their checksums unfinished."""
+    """Every segment that the one superframe is cut into; how many segments. `partial` leaves their checksums
+    unfinished."""
     cdef VnetHeader offload = virtio_decode(header)
-    cdef uint8_t blocks[64][SEGMENT_HEADERS]
+    cdef uint8_t segments[64 * SEGMENT_HEADERS + 65535]
+    cdef uint32_t at
     cdef Superframe cut
     cdef uint64_t total = 0
     cdef uint32_t i
@@ -168,8 +169,10 @@ def segment(Packets superframe not None, bytes header not None, bint partial, in
     with nogil:
         for _k in range(passes):
             if segment_open(&offload, superframe.at(0), &superframe.infos[0], &cut) == 0:
+                at = 0
                 for i in range(cut.count):
-                    segment_header(&cut, i, blocks[i & 63], partial)
+                    segment_write(&cut, i, segments + at, partial)
+                    at += segment_bytes(&cut, i)
                 total += cut.count
     return total
 

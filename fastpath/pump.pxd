@@ -1,9 +1,8 @@
 # The two journeys of a packet, each a screen long: what a stage does lives with the stage.
 #
 # Buffers. encap reads frames into one arena, each behind headroom for its tunnel header, and they
-# leave from there; a superframe's segments leave from there too, each behind a header block. decap
-# writes packets to the TAP from where their datagrams were received. No payload is copied, and
-# nothing is allocated after __init__.
+# leave from there; a superframe's segments leave from the sender's outbox. decap writes packets to the
+# TAP from where their datagrams were received. Nothing is allocated after __init__.
 
 from libc.stdint cimport uint8_t, uint32_t
 

@@ -1,9 +1,9 @@
 # Datagrams on their way out. encap posts them in order; flush() sends them as runs, each datagram
 # exactly once, and counts what became of it.
 #
-# Words, smallest to largest: a piece is an iovec; a datagram is one piece (a frame that leaves from
-# where it was read, its tunnel header written before it) or two (a segment's header block and its
-# payload in the superframe); a run is datagrams one UDP_SEGMENT send can carry; the outbox holds the
+# Words, smallest to largest: a datagram is a frame that leaves from where it was read, its tunnel header
+# written before it, or a segment, which is written whole to the outbox; a piece is an iovec, of datagrams
+# that lie one behind the other; a run is datagrams one UDP_SEGMENT send can carry; the outbox holds the
 # runs of one flush.
 #
 # Where there is an uplink, a TCP superframe goes to it whole and at once, behind what was posted before.
@@ -16,7 +16,7 @@ from fastpath.drops cimport Counters
 from fastpath.kernel.udp cimport BATCH, SendBatch
 from fastpath.linux cimport iovec, ssize_t
 from fastpath.offload.plan cimport Run
-from fastpath.offload.segment cimport SEGMENT_HEADERS, Superframe
+from fastpath.offload.segment cimport Superframe
 from fastpath.offload.tunnel cimport OuterPath
 from fastpath.table cimport Peer, PeerTable
 
@@ -25,8 +25,7 @@ cdef enum:
     TUNNEL_HEADER = 8                   # Geneve without options, or VXLAN
     PARTIAL_HEADER = 12                 # Geneve with the partial-checksum option
     PIECES = 1024                       # UIO_MAXIOV, though no run comes near it
-    BLOCK_BYTES = PARTIAL_HEADER + SEGMENT_HEADERS
-    BLOCKS = PIECES // 2
+    SEGMENTS_BYTES = 128 * 1024         # of what superframes are cut into: one at least
     UPLINK_REFUSALS = 16                # in a row, until the uplink is given up
     SOCKETS = 16                        # of each family
     ENCAPSULATIONS = 2
@@ -38,9 +37,9 @@ cdef struct Outbox:
     uint16_t first_piece[BATCH]
     int piece_count
     int run_count
-    int block_count
+    uint32_t segments_used
     SendBatch batch
-    uint8_t blocks[BLOCKS][BLOCK_BYTES]
+    uint8_t segments[SEGMENTS_BYTES]
 
 
 # Behind the first `count` sockets, that flows are spread over, are the homes: see Peer.from_home.
@@ -76,7 +75,8 @@ cdef class Sender:
     ) noexcept nogil
     cdef ssize_t _write_uplink(self, uint32_t key, int ecn, const Superframe *cut) noexcept nogil
     cdef void flush(self) noexcept nogil
-    cdef iovec *_join(self, uint32_t key, uint32_t length, int pieces) noexcept nogil
+    cdef void _make_room(self, uint32_t key, uint32_t length, uint32_t written) noexcept nogil
+    cdef void _join(self, uint32_t key, uint8_t *datagram, uint32_t length) noexcept nogil
     cdef int _describe(self, int run) noexcept nogil
     cdef bint _send_singly(self, int run, int fd) noexcept nogil
     cdef void _count(self, uint32_t key, uint32_t datagrams, uint64_t datagram_bytes) noexcept nogil

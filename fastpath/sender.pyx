@@ -22,7 +22,7 @@ from fastpath.linux cimport (
     sockaddr_in6,
 )
 from fastpath.offload.plan cimport RUN_MAX_SEGMENTS, run_accepts, run_begin, run_extend
-from fastpath.offload.segment cimport segment_header, segment_payload
+from fastpath.offload.segment cimport segment_bytes, segment_write
 from fastpath.offload.tunnel cimport TUNNEL_INNER_BYTES, tunnel_headers
 from fastpath.table cimport GENEVE
 from fastpath.wire.byteorder cimport load16
@@ -31,12 +31,11 @@ from fastpath.wire.geneve cimport GENEVE_OAM
 from fastpath.wire.ip cimport ECN_MASK
 
 # What the datagrams of a run have in common, in one word: slot (16 bits), socket (8), whether their
-# checksum is partial (1), pieces of a datagram less one (1), ECN (2).
+# checksum is partial (1), ECN (2).
 cdef enum:
-    KEY_TWO_PIECES = 4
-    KEY_PARTIAL = 8
-    KEY_SOCKET = 4
-    KEY_SLOT = 12
+    KEY_PARTIAL = 4
+    KEY_SOCKET = 3
+    KEY_SLOT = 11
 
 
 cdef class Sender:
@@ -115,13 +114,11 @@ cdef class Sender:
         cdef Peer *peer = &self.peers.slots[slot]
         cdef uint32_t key = self.key(slot, flow, ecn) | (KEY_PARTIAL if partial else 0)
         cdef int before = tunnel_bytes(key)
-        cdef iovec *pieces
         if (self.v4.count if peer.family == AF_INET else self.v6.count) == 0:
             return DROP_UDP_ERROR  # we have no address in the peer's family
-        pieces = self._join(key, <uint32_t> (before + length), 1)
         write_tunnel(peer, partial, frame - before)
-        pieces[0].iov_base = frame - before
-        pieces[0].iov_len = before + length
+        self._make_room(key, <uint32_t> (before + length), 0)
+        self._join(key, frame - before, <uint32_t> (before + length))
         return 0
 
     cdef int post_superframe(
@@ -130,11 +127,10 @@ cdef class Sender:
         """Post each segment as a datagram; 0 or the Drop, of all or none. `partial`: their checksums
         may stay so."""
         cdef Peer *peer = &self.peers.slots[slot]
-        cdef uint32_t key = self.key(slot, flow, ecn) | KEY_TWO_PIECES
-        cdef uint32_t header_bytes
-        cdef uint32_t i, payload
-        cdef uint8_t *block
-        cdef iovec *pieces
+        cdef Outbox *outbox = self.outbox
+        cdef uint32_t key = self.key(slot, flow, ecn)
+        cdef uint32_t before, header_bytes, length, i
+        cdef uint8_t *datagram
         cdef ssize_t written
         if (self.v4.count if peer.family == AF_INET else self.v6.count) == 0:
             return DROP_UDP_ERROR
@@ -154,18 +150,17 @@ cdef class Sender:
             self.uplink = self.uplink_refusals < UPLINK_REFUSALS
         if partial:
             key |= KEY_PARTIAL
-        header_bytes = tunnel_bytes(key) + cut.headers
+        before = tunnel_bytes(key)
+        if outbox.segments_used + cut.count * (before + cut.headers) + cut.payload > SEGMENTS_BYTES:
+            self.flush()  # rather than between two of its segments
         for i in range(cut.count):
-            payload = segment_payload(cut, i)
-            pieces = self._join(key, header_bytes + payload, 2)
-            block = self.outbox.blocks[self.outbox.block_count]
-            self.outbox.block_count += 1
-            segment_header(cut, i, block + tunnel_bytes(key), partial)
-            write_tunnel(peer, partial, block)
-            pieces[0].iov_base = block
-            pieces[0].iov_len = header_bytes
-            pieces[1].iov_base = cut.frame + cut.headers + i * cut.size
-            pieces[1].iov_len = payload
+            length = before + segment_bytes(cut, i)
+            self._make_room(key, length, length)
+            datagram = outbox.segments + outbox.segments_used
+            outbox.segments_used += length
+            segment_write(cut, i, datagram + before, partial)
+            write_tunnel(peer, partial, datagram)
+            self._join(key, datagram, length)
         return 0
 
     cdef int send_probe(
@@ -201,28 +196,37 @@ cdef class Sender:
         whole.iov_len = before + cut.headers + cut.payload
         return tap_write(self.uplink_fd, &whole, 1)
 
-    cdef iovec *_join(self, uint32_t key, uint32_t length, int pieces) noexcept nogil:
-        """Room for one datagram in the newest run, or in a new one: its pieces, to be filled."""
+    cdef void _make_room(self, uint32_t key, uint32_t length, uint32_t written) noexcept nogil:
+        """See to it that one more datagram can join, of which so many bytes are written to the outbox."""
         cdef Outbox *outbox = self.outbox
-        cdef Run *run
         if (
-            outbox.piece_count + pieces > PIECES
-            or outbox.block_count == BLOCKS
+            outbox.piece_count == PIECES
+            or outbox.segments_used + written > SEGMENTS_BYTES
             or (
                 outbox.run_count == BATCH
                 and not run_accepts(&outbox.runs[BATCH - 1], key, length, self.max_segments)
             )
         ):
             self.flush()
-        run = &outbox.runs[outbox.run_count - 1]
+
+    cdef void _join(self, uint32_t key, uint8_t *datagram, uint32_t length) noexcept nogil:
+        """Put a datagram into the newest run, or into a new one. borrowed: until flush()."""
+        cdef Outbox *outbox = self.outbox
+        cdef Run *run = &outbox.runs[outbox.run_count - 1]
+        cdef iovec *piece = &outbox.pieces[outbox.piece_count - 1]
         if outbox.run_count and run_accepts(run, key, length, self.max_segments):
             run_extend(run, length)
+            if <uint8_t *> piece.iov_base + piece.iov_len == datagram:
+                piece.iov_len += length
+                return
         else:
             run_begin(&outbox.runs[outbox.run_count], key, length)
             outbox.first_piece[outbox.run_count] = outbox.piece_count
             outbox.run_count += 1
-        outbox.piece_count += pieces
-        return &outbox.pieces[outbox.piece_count - pieces]
+        piece = &outbox.pieces[outbox.piece_count]
+        piece.iov_base = datagram
+        piece.iov_len = length
+        outbox.piece_count += 1
 
     cdef void flush(self) noexcept nogil:
         """Send the runs in order, each datagram once, and empty the outbox."""
@@ -254,7 +258,7 @@ cdef class Sender:
             first += 1
         outbox.run_count = 0
         outbox.piece_count = 0
-        outbox.block_count = 0
+        outbox.segments_used = 0
 
     cdef int _describe(self, int i) noexcept nogil:
         """Fill message i for run i; the descriptor to send it from."""
@@ -262,13 +266,15 @@ cdef class Sender:
         cdef Run *run = &outbox.runs[i]
         cdef Peer *peer = &self.peers.slots[run.key >> KEY_SLOT]
         cdef Sockets *sockets = &self.v4 if peer.family == AF_INET else &self.v6
+        cdef int first = outbox.first_piece[i]
+        cdef int end = outbox.first_piece[i + 1] if i + 1 < outbox.run_count else outbox.piece_count
         send_describe(
             &outbox.batch,
             i,
             &peer.endpoint,
             peer.endpoint_length,
-            &outbox.pieces[outbox.first_piece[i]],
-            run.count * datagram_pieces(run.key),
+            &outbox.pieces[first],
+            end - first,
             run.size if run.count > 1 else 0,
             run.key & ECN_MASK,
         )
@@ -280,23 +286,29 @@ cdef class Sender:
         cdef Outbox *outbox = self.outbox
         cdef Run *run = &outbox.runs[i]
         cdef Peer *peer = &self.peers.slots[run.key >> KEY_SLOT]
-        cdef int count = datagram_pieces(run.key)
-        cdef iovec *pieces
+        cdef iovec *piece = &outbox.pieces[outbox.first_piece[i]]
+        cdef iovec datagram
+        cdef size_t at = 0
+        cdef uint32_t left = run.bytes
         cdef bint any_left = False
-        cdef size_t length
-        cdef int k, sent
-        for k in range(run.count):
-            pieces = &outbox.pieces[outbox.first_piece[i] + k * count]
+        cdef int sent
+        while left:
+            datagram.iov_base = <uint8_t *> piece.iov_base + at
+            datagram.iov_len = min(<uint32_t> run.size, left)
             send_describe(
-                &outbox.batch, i, &peer.endpoint, peer.endpoint_length, pieces, count, 0, run.key & ECN_MASK
+                &outbox.batch, i, &peer.endpoint, peer.endpoint_length, &datagram, 1, 0, run.key & ECN_MASK
             )
-            length = pieces[0].iov_len + (pieces[1].iov_len if count == 2 else 0)
             sent = send_batch(fd, &outbox.batch, i, 1)
             if sent > 0:
-                any_left = any_left or length == run.size
-                self._count(run.key, 1, length)
+                any_left = any_left or datagram.iov_len == run.size
+                self._count(run.key, 1, datagram.iov_len)
             else:
                 count_drop(self.counters, send_drop(sent), 1)
+            left -= datagram.iov_len
+            at += datagram.iov_len
+            if at == piece.iov_len:
+                piece += 1
+                at = 0
         return any_left
 
     cdef void _count(self, uint32_t key, uint32_t datagrams, uint64_t datagram_bytes) noexcept nogil:
@@ -343,10 +355,6 @@ cdef inline void write_tunnel(const Peer *peer, bint partial, uint8_t *datagram)
         memcpy(datagram, peer.partial_header, sizeof(peer.partial_header))
     else:
         memcpy(datagram, peer.header, sizeof(peer.header))
-
-
-cdef inline int datagram_pieces(uint32_t key) noexcept nogil:
-    return 2 if key & KEY_TWO_PIECES else 1
 
 
 cdef inline int send_drop(int failure) noexcept nogil:

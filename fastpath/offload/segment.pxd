@@ -1,5 +1,6 @@
-# One superframe -> its segments' headers. The payload stays where it is: a segment is a header block
-# of ours and a piece of the superframe, gathered by the send.
+# One superframe -> its segments, each whole: headers of ours, and its payload copied behind them. The
+# payload has to be loaded for its checksum anyhow, and a send that gathers segments from many pieces
+# costs more than the copy.
 #
 # The rules are those of the kernel's own GSO (net/ipv4/tcp_offload.c, udp_offload.c): sequence number
 # and IPv4 ID advance, FIN and PSH only on the last, CWR only on the first, each checksum complete.
@@ -17,7 +18,7 @@ from fastpath.offload.virtio cimport (
     VnetHeader,
 )
 from fastpath.wire.byteorder cimport load16, load32, raw16, store16, store32
-from fastpath.wire.checksum cimport sum_add, sum_fold, sum_store
+from fastpath.wire.checksum cimport sum_add, sum_copy, sum_fold, sum_store
 from fastpath.wire.classify cimport Frame
 from fastpath.wire.ethernet cimport ETHERNET_HEADER
 from fastpath.wire.ip cimport (
@@ -106,30 +107,30 @@ cdef inline int segment_open(
     return 0
 
 
-cdef inline uint32_t segment_payload(const Superframe *cut, uint32_t i) noexcept nogil:
-    """Bytes of payload of segment i; it begins at frame + headers + i * size."""
-    return cut.size if i + 1 < cut.count else cut.payload - i * cut.size
+cdef inline uint32_t segment_bytes(const Superframe *cut, uint32_t i) noexcept nogil:
+    """Bytes of segment i, headers and payload."""
+    return cut.headers + (cut.size if i + 1 < cut.count else cut.payload - i * cut.size)
 
 
-cdef inline void segment_header(
-    const Superframe *cut, uint32_t i, uint8_t *block, bint partial
+cdef inline void segment_write(
+    const Superframe *cut, uint32_t i, uint8_t *segment, bint partial
 ) noexcept nogil:
-    """Write segment i's Ethernet, IP and transport headers, `cut.headers` bytes. `partial` leaves the
-    pseudo-header's sum in the checksum field."""
+    """Write segment i. `partial` leaves the pseudo-header's sum in its checksum field."""
     cdef uint32_t at = i * cut.size
-    cdef uint32_t payload = segment_payload(cut, i)
-    cdef uint32_t transport_length = cut.headers - cut.transport + payload
-    cdef uint8_t *packet = block + ETHERNET_HEADER
-    cdef uint8_t *transport = block + cut.transport
+    cdef uint32_t length = segment_bytes(cut, i)
+    cdef uint32_t transport_length = length - cut.transport
+    cdef uint8_t *packet = segment + ETHERNET_HEADER
+    cdef uint8_t *transport = segment + cut.transport
+    cdef uint8_t *payload = segment + cut.headers
     cdef uint8_t *check = transport + (TCP_CHECKSUM if cut.tcp else UDP_CHECKSUM)
     cdef uint64_t total
     cdef uint16_t sum
-    memcpy(block, cut.frame, cut.headers)
+    memcpy(segment, cut.frame, cut.headers)
     if cut.family == 4:
         store16(packet + IPV4_ID, <uint16_t> (load16(packet + IPV4_ID) + i))
-        ipv4_set_length(packet, cut.ip_header, <uint16_t> (cut.headers - ETHERNET_HEADER + payload))
+        ipv4_set_length(packet, cut.ip_header, <uint16_t> (length - ETHERNET_HEADER))
     else:
-        store16(packet + IPV6_LENGTH, <uint16_t> (cut.headers - ETHERNET_HEADER - IPV6_HEADER + payload))
+        store16(packet + IPV6_LENGTH, <uint16_t> (length - ETHERNET_HEADER - IPV6_HEADER))
     if cut.tcp:
         store32(transport + TCP_SEQUENCE, load32(transport + TCP_SEQUENCE) + at)
         if i:
@@ -143,9 +144,10 @@ cdef inline void segment_header(
     if partial:
         sum = sum_fold(total)
         memcpy(check, &sum, 2)
+        memcpy(payload, cut.frame + cut.headers + at, length - cut.headers)
         return
     total = sum_add(transport, cut.headers - cut.transport, total)
-    total = sum_add(cut.frame + cut.headers + at, payload, total)
+    total = sum_copy(payload, cut.frame + cut.headers + at, length - cut.headers, total)
     if not cut.tcp and sum_fold(total) == 0xFFFF:
         total = 0  # RFC 768: a UDP checksum that comes out as zero is sent as all ones
     sum_store(check, total)

@@ -11,9 +11,9 @@ def cut(bytes header not None, bytes frame not None):
     cdef VnetHeader offload
     cdef Frame info
     cdef Superframe whole
-    cdef uint8_t block[SEGMENT_HEADERS]
+    cdef uint8_t segment[SEGMENT_HEADERS + 65535]
     cdef uint8_t *data = <uint8_t *> <const uint8_t *> frame
-    cdef uint32_t i, at
+    cdef uint32_t i
     cdef int drop
     if len(header) < VIRTIO_HEADER:
         raise ValueError(f"header: {len(header)} bytes, {VIRTIO_HEADER} needed")
@@ -25,7 +25,6 @@ def cut(bytes header not None, bytes frame not None):
         return DropReason(drop)
     frames = []
     for i in range(whole.count):
-        segment_header(&whole, i, block, False)
-        at = whole.headers + i * whole.size
-        frames.append(block[:whole.headers] + frame[at : at + segment_payload(&whole, i)])
+        segment_write(&whole, i, segment, False)
+        frames.append(segment[: segment_bytes(&whole, i)])
     return frames

@@ -9,6 +9,11 @@ cdef extern from "checksum_sum.h" nogil:
     # Add the bytes to a partial sum. `data` must start on an even byte of the summed whole.
     uint64_t sum_add "podloom_sum"(const uint8_t *data, size_t length, uint64_t total) noexcept
 
+    # The same, and copy them: they are loaded once for both.
+    uint64_t sum_copy "podloom_sum_copy"(
+        uint8_t *to, const uint8_t *data, size_t length, uint64_t total
+    ) noexcept
+
 
 cdef inline uint16_t sum_fold(uint64_t total) noexcept nogil:
     total = <uint64_t> <uint32_t> total + (total >> 32)

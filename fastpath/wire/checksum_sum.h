@@ -1,4 +1,4 @@
-/* The one loop of the product that touches payload bytes. Compiled once per instruction set and
+/* The two loops of the product that touch payload bytes. Compiled once per instruction set and
  * chosen when the module is loaded (GCC target_clones); 32-bit words are summed into 64-bit lanes,
  * so no carry is lost before 2^32 words. */
 #ifndef PODLOOM_CHECKSUM_SUM_H
@@ -14,6 +14,24 @@
 #define PODLOOM_CLONES
 #endif
 
+static inline uint64_t podloom_sum_tail(const uint8_t *data, size_t length)
+{
+    uint64_t sum = 0;
+    uint16_t half = 0;
+
+    if (length & 2) {
+        memcpy(&half, data, 2);
+        sum += half;
+        data += 2;
+    }
+    if (length & 1) {
+        half = 0;
+        memcpy(&half, data, 1);
+        sum += half;
+    }
+    return sum;
+}
+
 PODLOOM_CLONES
 static uint64_t podloom_sum(const uint8_t *data, size_t length, uint64_t total)
 {
@@ -25,19 +43,23 @@ static uint64_t podloom_sum(const uint8_t *data, size_t length, uint64_t total)
         memcpy(&word, data + i * 4, 4);
         sum += word;
     }
-    data += words * 4;
-    if (length & 2) {
-        uint16_t half;
-        memcpy(&half, data, 2);
-        sum += half;
-        data += 2;
+    return total + sum + podloom_sum_tail(data + words * 4, length & 3);
+}
+
+PODLOOM_CLONES
+static uint64_t podloom_sum_copy(uint8_t *restrict to, const uint8_t *restrict data, size_t length, uint64_t total)
+{
+    size_t words = length / 4;
+    uint64_t sum = 0;
+
+    for (size_t i = 0; i < words; i++) {
+        uint32_t word;
+        memcpy(&word, data + i * 4, 4);
+        memcpy(to + i * 4, &word, 4);
+        sum += word;
     }
-    if (length & 1) {
-        uint16_t half = 0;
-        memcpy(&half, data, 1);
-        sum += half;
-    }
-    return total + sum;
+    memcpy(to + words * 4, data + words * 4, length & 3);
+    return total + sum + podloom_sum_tail(data + words * 4, length & 3);
 }
 
 #endif

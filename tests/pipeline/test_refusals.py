@@ -201,7 +201,9 @@ def segments(virtio: bytes, frame: bytes) -> list[bytes]:
 
 
 class TestSuperframes:
-    """Segments leave from two pieces each: a header block and a part of the superframe."""
+    """Segments leave from where they were written, frames from where they were read; a run may have both."""
+
+    RUNS = ((0, 1), (1, 11), (11, 13))  # the small frame behind the nine ends their run, being shorter
 
     def batch(self) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
         """A small frame, a superframe of nine, a small frame, a superframe of two; and what must leave."""
@@ -214,16 +216,25 @@ class TestSuperframes:
         messages, sent = self.batch()
         (outcome,) = encap(Batch(messages))
         assert outcome.delivered == sent
-        assert outcome.attempts == 4
+        assert outcome.attempts == len(self.RUNS)
+
+    @pytest.mark.parametrize(("size", "times"), [(8, 1), (100, 5), (1000, 8)])
+    def test_more_segments_than_the_outbox_holds(self, encap: Encap, size: int, times: int) -> None:
+        whole = SUPERFRAME.but(payload=b"".join(marked(n, 8) for n in range(2_500))).superframe(size)
+        small = from_pods(DATAGRAMS[:2])
+        (outcome,) = encap(Batch([small[0], *[whole] * times, small[1]]))
+        cut = segments(*whole)
+        sent = [small[0][1], *cut * times, small[1][1]]
+        assert outcome.delivered == [ON_THE_WIRE + frame[12:] for frame in sent]
 
     @every_error
-    @pytest.mark.parametrize("at", range(4))
+    @pytest.mark.parametrize("at", range(len(RUNS)))
     def test_refused_each_time(self, encap: Encap, error: int, at: int) -> None:
         messages, sent = self.batch()
         (outcome,) = encap(Batch(messages, [Refusal(error, first=at, times=1 if at == 0 else 2)]))
         assert_once_and_in_order(outcome, sent)
-        lost = [(0, 1), (1, 10), (10, 11), (11, 13)][at]
-        if error in REFUSES_SEGMENTATION and at in (1, 3):
+        lost = self.RUNS[at]
+        if error in REFUSES_SEGMENTATION and at > 0:
             assert outcome.delivered == sent
         else:
             assert outcome.delivered == sent[: lost[0]] + sent[lost[1] :]
