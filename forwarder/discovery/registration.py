@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
@@ -242,13 +243,13 @@ class Registration:
                     continue
             except EtcdError as error:
                 self._error = str(error)
-                if self._expired():
+                if self._leases is None or self._lease_left() <= 0:
                     self._leases = None
                     tell(self._cut_off())
             except ClaimError as error:
                 self._taken = str(error)
                 tell(self._cut_off())
-            await self._sleep(backoff.next())
+            await self._sleep(min(backoff.next(), self._lease_left()))
 
     def recheck(self) -> None:
         """The record was seen to be gone or another's."""
@@ -284,9 +285,12 @@ class Registration:
         why = f"after {hold} its prefixes may be another's: {self._error}"
         return Announced(f"{UNTOLD}, and no pods are added: {why}", fenced=True)
 
-    def _expired(self) -> bool:
-        """By our own clock, counted from when we asked: never later than etcd finds."""
-        return self._leases is None or (self._clock() - self._leases.renewed_at >= self._terms.lease_seconds)
+    def _lease_left(self) -> float:
+        """Seconds until the others forget us, by our own clock, counted from when we asked: never more than
+        by etcd's. Endless if they have."""
+        if self._leases is None:
+            return math.inf
+        return self._leases.renewed_at + self._terms.lease_seconds - self._clock()
 
     async def _renew(self) -> None:
         """Renew what is due; no leases are left if they were lost."""

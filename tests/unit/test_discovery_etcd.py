@@ -487,7 +487,11 @@ def test_ten_minutes_without_the_server_are_few_requests_and_two_words(
             etcd.stop()
             await eventually(lambda: one.fault is not None, "the trouble")
             monkeypatch.setattr(EtcdClient, "_post", counted)
-            await time.go_on(600, sleepers=3)
+            await time.go_on(59.9, sleepers=3)
+            assert one.unannounced is None
+            await time.go_on(0.2, sleepers=3)
+            await eventually(lambda: one.unannounced is not None, "the word that the lease has run out")
+            await time.go_on(539.9, sleepers=3)
             print(f"{asked / 600:.2f} requests a second")  # noqa: T201
             assert 0.2 < asked / 600 < 1.0
             assert [type(item) for item in one.items[heard:]] == [Trouble, Announced]
