@@ -25,7 +25,7 @@ cdef enum:
     TUNNEL_HEADER = 8                   # Geneve without options, or VXLAN
     PARTIAL_HEADER = 12                 # Geneve with the partial-checksum option
     PIECES = 1024                       # UIO_MAXIOV, though no run comes near it
-    SEGMENTS_BYTES = 128 * 1024         # of what superframes are cut into: one at least
+    SEGMENTS_BYTES = 128 * 1024         # more than the longest datagram
     UPLINK_REFUSALS = 16                # in a row, until the uplink is given up
     SOCKETS = 16                        # of each family
     ENCAPSULATIONS = 2

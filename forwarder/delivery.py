@@ -2,8 +2,8 @@
 (threaded NAPI, Linux 5.12), which costs the single packet a wake and takes half the work of many off ours.
 
 So there is a thread while bytes move in bulk, either way: on a node that sends, acknowledgements come back,
-and each lets a pod send more, which would be the write's work too. The event loop's;
-what blocks runs beside it.
+and each lets a pod send more, which would be the write's work too. The event loop's; what blocks runs beside
+it.
 """
 
 from __future__ import annotations

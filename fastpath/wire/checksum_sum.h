@@ -14,31 +14,13 @@
 #define PODLOOM_CLONES
 #endif
 
-/* The last bytes, fewer than 4. */
-static inline uint64_t podloom_sum_tail(const uint8_t *data, size_t length)
-{
-    uint64_t sum = 0;
-    uint16_t half = 0;
-
-    if (length & 2) {
-        memcpy(&half, data, 2);
-        sum += half;
-        data += 2;
-    }
-    if (length & 1) {
-        half = 0;
-        memcpy(&half, data, 1);
-        sum += half;
-    }
-    return sum;
-}
-
-/* Headers are too short for vectors to pay: 8 bytes at a time, the carry added back (RFC 1071,
- * section 2). */
+/* Headers, and what vectors leave over, are too short for vectors to pay: 8 bytes at a time, the carry
+ * added back (RFC 1071, section 2). */
 static inline uint64_t podloom_sum_short(const uint8_t *data, size_t length)
 {
     uint64_t sum = 0;
-    uint32_t word = 0;
+    uint32_t word;
+    uint16_t half, last = 0;
 
     for (; length >= 8; data += 8, length -= 8) {
         uint64_t two_words;
@@ -49,9 +31,19 @@ static inline uint64_t podloom_sum_short(const uint8_t *data, size_t length)
     sum = (sum & 0xFFFFFFFF) + (sum >> 32);
     if (length & 4) {
         memcpy(&word, data, 4);
+        sum += word;
         data += 4;
     }
-    return sum + word + podloom_sum_tail(data, length & 3);
+    if (length & 2) {
+        memcpy(&half, data, 2);
+        sum += half;
+        data += 2;
+    }
+    if (length & 1) {
+        memcpy(&last, data, 1);
+        sum += last;
+    }
+    return sum;
 }
 
 PODLOOM_CLONES
@@ -65,7 +57,7 @@ static uint64_t podloom_sum_long(const uint8_t *data, size_t length, uint64_t to
         memcpy(&word, data + i * 4, 4);
         sum += word;
     }
-    return total + sum + podloom_sum_tail(data + words * 4, length & 3);
+    return total + sum + podloom_sum_short(data + words * 4, length & 3);
 }
 
 static inline uint64_t podloom_sum(const uint8_t *data, size_t length, uint64_t total)
@@ -86,7 +78,7 @@ static uint64_t podloom_sum_copy(uint8_t *restrict to, const uint8_t *restrict d
         sum += word;
     }
     memcpy(to + words * 4, data + words * 4, length & 3);
-    return total + sum + podloom_sum_tail(data + words * 4, length & 3);
+    return total + sum + podloom_sum_short(data + words * 4, length & 3);
 }
 
 #endif

@@ -203,7 +203,8 @@ def segments(virtio: bytes, frame: bytes) -> list[bytes]:
 class TestSuperframes:
     """Segments leave from where they were written, frames from where they were read; a run may have both."""
 
-    RUNS = ((0, 1), (1, 11), (11, 13))  # the small frame behind the nine ends their run, being shorter
+    SPANS = ((0, 1), (1, 11), (11, 13))
+    """Of each run: the small frame behind the nine ends theirs, being shorter."""
 
     def batch(self) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
         """A small frame, a superframe of nine, a small frame, a superframe of two; and what must leave."""
@@ -216,7 +217,7 @@ class TestSuperframes:
         messages, sent = self.batch()
         (outcome,) = encap(Batch(messages))
         assert outcome.delivered == sent
-        assert outcome.attempts == len(self.RUNS)
+        assert outcome.attempts == len(self.SPANS)
 
     @pytest.mark.parametrize(("size", "times"), [(8, 1), (100, 5), (1000, 8)])
     def test_more_segments_than_the_outbox_holds(self, encap: Encap, size: int, times: int) -> None:
@@ -228,12 +229,12 @@ class TestSuperframes:
         assert outcome.delivered == [ON_THE_WIRE + frame[12:] for frame in sent]
 
     @every_error
-    @pytest.mark.parametrize("at", range(len(RUNS)))
+    @pytest.mark.parametrize("at", range(len(SPANS)))
     def test_refused_each_time(self, encap: Encap, error: int, at: int) -> None:
         messages, sent = self.batch()
         (outcome,) = encap(Batch(messages, [Refusal(error, first=at, times=1 if at == 0 else 2)]))
         assert_once_and_in_order(outcome, sent)
-        lost = self.RUNS[at]
+        lost = self.SPANS[at]
         if error in REFUSES_SEGMENTATION and at > 0:
             assert outcome.delivered == sent
         else:
